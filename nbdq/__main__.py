@@ -1,0 +1,5 @@
+"""``python -m nbdq``."""
+
+from nbdq.cli import main
+
+main()
