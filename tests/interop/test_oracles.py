@@ -1,0 +1,122 @@
+"""QEMU as referee: whatever qemu-img made, nbdq must show the same disk, the same block status and the same map.
+
+Every test runs over every variant of ``tests/support/variants.py``; one server per variant serves all its tests.
+"""
+
+import filecmp
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import oracles
+from tests.support.cli import nbdq, run_nbdq
+from tests.support.images import Image, Variant, build
+from tests.support.serving import Server, serve
+from tests.support.tools import execute, requires, run
+from tests.support.variants import SNAPSHOTS, VARIANTS
+
+pytestmark = requires("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy")
+
+
+@pytest.fixture(scope="module")
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Image:
+    """The variant on disk, made once."""
+    variant: Variant = request.param
+    return build(variant, tmp_path_factory.mktemp(variant.name, numbered=False))
+
+
+@pytest.fixture(scope="module")
+def server(image: Image) -> Iterator[Server]:
+    """nbdq serving the variant, with allocation depth, once for all its tests."""
+    with serve("-A", "-f", image.format, *image.options, image.top, cwd=image.directory) as running:
+        yield running
+
+
+every_variant = pytest.mark.parametrize("image", VARIANTS, indirect=True, ids=str)
+every_copyable_variant = pytest.mark.parametrize("image", [v for v in VARIANTS if not v.huge], indirect=True, ids=str)
+every_huge_variant = pytest.mark.parametrize("image", [v for v in VARIANTS if v.huge], indirect=True, ids=str)
+
+
+@every_copyable_variant
+def test_nbdcopy_reads_what_qemu_img_converts(image: Image, server: Server, tmp_path: Path) -> None:
+    run("qemu-img", "convert", "-f", image.format, "-O", "raw", image.top, tmp_path / "qemu", cwd=image.directory)
+    run("nbdcopy", server.uri(), tmp_path / "nbdq")
+    assert (tmp_path / "nbdq").stat().st_size == (tmp_path / "qemu").stat().st_size
+    assert filecmp.cmp(tmp_path / "nbdq", tmp_path / "qemu", shallow=False)
+
+
+@every_copyable_variant
+def test_qemu_img_compare_finds_no_difference(image: Image, server: Server) -> None:
+    verdict = run("qemu-img", "compare", "-f", "raw", "-F", image.format, server.uri(), image.top, cwd=image.directory)
+    assert "identical" in verdict
+
+
+@every_huge_variant
+def test_a_huge_disk_reads_the_same_around_every_piece_of_data(image: Image, server: Server) -> None:
+    def window(file: str, offset: int) -> str:
+        return f"driver=raw,offset={offset},size={min(1 << 20, size - offset)},{file}"
+
+    size = sum(extent["length"] for extent in oracles.map_extents(image))
+    mapped = [extent["start"] for extent in oracles.map_extents(image) if extent["data"]]
+    assert mapped
+    for start in mapped:
+        offset = max(0, start - (64 << 10))
+        ours = window(f"file.driver=nbd,file.server.type=unix,file.server.path={server.socket}", offset)
+        theirs = window(f"file.driver={image.format},file.file.driver=file,file.file.filename={image.top}", offset)
+        assert "identical" in run("qemu-img", "compare", "--image-opts", ours, theirs, cwd=image.directory)
+
+
+@every_variant
+def test_base_allocation_is_what_qemu_img_map_implies(image: Image, server: Server) -> None:
+    """P6, P118."""
+    assert oracles.block_status([server.uri()]) == oracles.status_of_map(oracles.map_extents(image))
+
+
+@every_variant
+def test_base_allocation_is_what_qemu_nbd_answers(image: Image, server: Server) -> None:
+    assert oracles.block_status([server.uri()]) == oracles.block_status(oracles.qemu_nbd(image))
+
+
+@every_variant
+def test_allocation_depth_is_what_qemu_nbd_answers(image: Image, server: Server) -> None:
+    """P7."""
+    context = "qemu:allocation-depth"
+    assert oracles.block_status([server.uri()], context) == oracles.block_status(oracles.qemu_nbd(image, "-A"), context)
+
+
+@every_variant
+def test_map_prints_the_json_of_qemu_img(image: Image) -> None:
+    ours = nbdq("map", "--output=json", *image.options, image.top, cwd=image.directory)
+    assert oracles.without_compressed(ours) == oracles.map_text(image)
+
+
+@every_variant
+def test_map_prints_the_table_of_qemu_img(image: Image) -> None:
+    """The human form names files, and gives up where data has no offset to show: both as qemu-img."""
+    theirs = execute("qemu-img", "map", "-f", image.format, image.top, cwd=image.directory)
+    ours = run_nbdq("map", *image.options, image.top, cwd=image.directory)
+    assert ours.stdout == theirs.stdout
+    assert (ours.returncode == 0) == (theirs.returncode == 0), ours.stderr
+
+
+@every_variant
+def test_map_of_a_window_is_cut_at_its_ends(image: Image) -> None:
+    """Windows that begin and end inside clusters, and one past the end, which is an extent of length 0."""
+    size = image.size
+    for start, length in ((0, 512), (size // 3 + 100, size // 2), (size // 2 - 1, 1), (size, 512)):
+        window = ("-s", str(start), "-l", str(length))
+        ours = nbdq("map", "--output=json", *window, *image.options, image.top, cwd=image.directory)
+        assert oracles.without_compressed(ours) == oracles.map_text(image, *window), window
+
+
+@pytest.mark.parametrize(("variant", "name"), SNAPSHOTS, ids=str)
+def test_an_internal_snapshot_is_served_as_qemu_nbd_serves_it(variant: Variant, name: str, tmp_path: Path) -> None:
+    image = build(variant, tmp_path)
+    peer = oracles.qemu_nbd(image, "-A", "-l", f"snapshot.name={name}")
+    run("nbdcopy", "--", *peer, tmp_path / "qemu.raw")
+    with serve("-A", "-l", name, image.top) as server:
+        run("nbdcopy", server.uri(), tmp_path / "nbdq.raw")
+        assert filecmp.cmp(tmp_path / "nbdq.raw", tmp_path / "qemu.raw", shallow=False)
+        for context in ("base:allocation", "qemu:allocation-depth"):
+            assert oracles.block_status([server.uri()], context) == oracles.block_status(peer, context)
