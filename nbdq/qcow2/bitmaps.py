@@ -1,0 +1,136 @@
+"""The directory of persistent dirty bitmaps: which there are, not what is in them (Q65-Q71)."""
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any
+
+from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
+
+from nbdq.errors import InvalidImage, UnsupportedImage, printable
+from nbdq.qcow2.cursor import TableCursor
+from nbdq.qcow2.format import Header
+from nbdq.storage import FileStorage
+
+#: QEMU's limits (Q68): table entries, bytes of one bitmap, bytes of a name, log2 of the granularity.
+MAX_TABLE_ENTRIES = 0x8000000
+MAX_BITMAP_BYTES = 512 << 20
+MAX_NAME = 1023
+MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31
+
+_DIRTY_TRACKING = 1
+_MEND = "without its bitmaps the image is usable: qemu-img convert it to a new one"
+
+# Compiled, because a hostile directory has 65 535 of them.
+_ENTRY = Struct(
+    "table_offset" / Int64ub,
+    "table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_length" / Int16ub,
+    "extra_length" / Int32ub,
+).compile()
+_ENTRY_SIZE = 24
+
+
+class BitmapFlags(IntFlag):
+    """What a directory entry says about its bitmap."""
+
+    IN_USE = 1 << 0
+    """Not saved properly: the stored bits are worthless (Q69)."""
+    AUTO = 1 << 1
+    """Must track all writes (Q70)."""
+
+
+_KNOWN_FLAGS = BitmapFlags.IN_USE | BitmapFlags.AUTO
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """One entry of the bitmap directory."""
+
+    name: str
+    granularity_bits: int
+    flags: BitmapFlags
+    table_offset: int
+    table_size: int
+    """Entries."""
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes that one bit stands for."""
+        return 1 << self.granularity_bits
+
+
+def read_bitmaps(storage: FileStorage, header: Header) -> tuple[Bitmap, ...]:
+    """The bitmaps of the image, in directory order; none where the extension is missing or not to be believed.
+
+    Reads pieces of the directory, whose size and count the header's checks have limited.
+
+    Raises:
+        InvalidImage: the directory or an entry breaks a rule on which QEMU refuses the image (V24).
+        UnsupportedImage: an entry has extra data, which QEMU does not know either.
+        CorruptImage: the directory goes on past the end of the file.
+        OSError: the file cannot be read.
+    """
+    extension = header.bitmaps
+    if extension is None:
+        return ()
+    path = storage.path
+    cursor = TableCursor(storage, extension.directory_offset, name="bitmap directory")
+    found: dict[str, Bitmap] = {}
+    while cursor.consumed < extension.directory_size:
+        if len(found) == extension.count:
+            raise InvalidImage(path, f"the bitmap directory has more than nb_bitmaps={extension.count} entries", _MEND)
+        bitmap = _read_entry(path, cursor, header, directory_size=extension.directory_size)
+        if bitmap.name in found:
+            raise InvalidImage(path, f"two bitmaps have the name '{printable(bitmap.name)}'", _MEND)
+        found[bitmap.name] = bitmap
+    if len(found) < extension.count:
+        raise InvalidImage(
+            path, f"the bitmap directory has {len(found)} entries, but nb_bitmaps is {extension.count}", _MEND
+        )
+    return tuple(found.values())
+
+
+def _read_entry(path: str, cursor: TableCursor, header: Header, *, directory_size: int) -> Bitmap:
+    start = cursor.consumed
+    broken = InvalidImage(path, f"the bitmap directory of {directory_size} bytes ends within an entry", _MEND)
+    if start + _ENTRY_SIZE > directory_size:
+        raise broken
+    entry = _ENTRY.parse(cursor.take(_ENTRY_SIZE))
+    if start + -(-(_ENTRY_SIZE + entry.extra_length + entry.name_length) // 8) * 8 > directory_size:
+        raise broken
+    if entry.extra_length:
+        raise UnsupportedImage(path, f"a bitmap has {entry.extra_length} bytes of extra data", _MEND)
+    raw_name = cursor.take(entry.name_length)
+    cursor.align()
+    if problem := _entry_problem(entry, header):
+        raise InvalidImage(path, f"bitmap '{printable(raw_name)}' {problem}", _MEND)
+    return Bitmap(
+        name=raw_name.partition(b"\0")[0].decode("utf-8", "surrogateescape"),
+        granularity_bits=entry.granularity_bits,
+        flags=BitmapFlags(entry.flags),
+        table_offset=entry.table_offset,
+        table_size=entry.table_size,
+    )
+
+
+def _entry_problem(entry: Any, header: Header) -> str | None:
+    """The first rule of Q68 that an entry breaks, for the end of a sentence about it."""
+    stored_bytes = entry.table_size * header.cluster_size
+    if not 1 <= entry.name_length <= MAX_NAME:
+        return f"has a name of {entry.name_length} bytes, not 1 to {MAX_NAME}"
+    if entry.type != _DIRTY_TRACKING:
+        return f"has type {entry.type}, not {_DIRTY_TRACKING}"
+    if entry.flags & ~_KNOWN_FLAGS:
+        return f"has flags {entry.flags:#x}, not all known"
+    if not MIN_GRANULARITY_BITS <= entry.granularity_bits <= MAX_GRANULARITY_BITS:
+        return f"has granularity_bits {entry.granularity_bits}, not {MIN_GRANULARITY_BITS} to {MAX_GRANULARITY_BITS}"
+    if not 1 <= entry.table_size <= MAX_TABLE_ENTRIES or stored_bytes > MAX_BITMAP_BYTES:
+        return f"has a table of {entry.table_size} entries, which is none or too many"
+    if entry.table_offset == 0 or entry.table_offset % header.cluster_size:
+        return f"has its table at {entry.table_offset:#x}, which is not a cluster"
+    if not entry.flags & BitmapFlags.IN_USE and header.guest_size > stored_bytes * 8 << entry.granularity_bits:
+        return f"has a table of {entry.table_size} entries, too small for the disk"
+    return None
