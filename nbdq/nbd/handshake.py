@@ -1,0 +1,385 @@
+"""The handshake: from the server's hello to the transmission phase, or to the end of the connection.
+
+A machine without I/O: bytes go in, option replies come out, at whatever pieces the network delivers (P5). Knows the
+order of option haggling and what a selection of metadata contexts survives. Must not know sockets, time, or what is
+behind an export; TLS is not offered (NOTLS mode, P64).
+
+What ends a connection here, and nothing else does (P141):
+
+- lost sync: a client flag we did not offer (P12), a wrong option magic (P20), an option too long to discard (P25), more
+  options than an honest client needs (P16). These are a :class:`ProtocolError`.
+- ABORT, an EXPORT_NAME that fails (P30), and any other option of a client without fixed newstyle (P13), for which the
+  protocol has no other answer. These are ``finished``.
+"""
+
+import struct
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nbdq.errors import ExportError, ProtocolError, printable
+from nbdq.nbd import messages
+from nbdq.nbd.constants import (
+    DEFAULT_PAYLOAD,
+    IHAVEOPT,
+    MAXIMUM_PAYLOAD,
+    MAXIMUM_STRING,
+    NBDMAGIC,
+    ClientFlag,
+    HandshakeFlag,
+    InfoType,
+    Option,
+    OptionReply,
+    TransmissionFlag,
+)
+from nbdq.nbd.messages import OptionRefused
+
+#: Bytes of option data that are buffered, and that are read only to be discarded; beyond, the connection ends (R-05).
+MAXIMUM_OPTION = 64 << 10
+MAXIMUM_DISCARD = 1 << 20
+
+#: Metadata contexts that one client may select (reliability 3.2).
+MAXIMUM_CONTEXTS = 16
+
+_HELLO = struct.pack(">QQH", NBDMAGIC, IHAVEOPT, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+_CLIENT_FLAGS = struct.Struct(">I")
+_OPTION = struct.Struct(">QII")
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What a client learns of an export.
+
+    Raises:
+        ExportError: a text or number that the protocol cannot carry or that a client would refuse.
+    """
+
+    name: str
+    size: int
+    """Bytes."""
+    flags: TransmissionFlag
+    """Without SEND_DF, which follows from structured replies."""
+    description: str = ""
+    minimum_block: int = 1
+    preferred_block: int = 4096
+    maximum_block: int = DEFAULT_PAYLOAD
+    """Bytes; READ and WRITE payloads beyond are refused (P128)."""
+    contexts: tuple[str, ...] = ()
+    """Names of the metadata contexts on offer; the position of a name is its context id."""
+
+    def __post_init__(self) -> None:
+        assert TransmissionFlag.SEND_DF not in self.flags
+        for text in (self.name, self.description, *self.contexts):
+            self._check_text(text)
+        if not 0 <= self.size < 1 << 63:
+            raise ExportError(f"export {printable(self.name)}: a size of {self.size} bytes is not within 0 … 2^63 - 1")
+        self._check_blocks()
+
+    def _check_text(self, text: str) -> None:
+        """P2: UTF-8, no NUL, bounded."""
+        try:
+            length = len(text.encode())
+        except UnicodeEncodeError:
+            raise ExportError(f"export {printable(self.name)}: {printable(text)!r} is not valid Unicode") from None
+        if length > MAXIMUM_STRING or "\0" in text:
+            raise ExportError(
+                f"export {printable(self.name)}: {printable(text)!r} has {length} bytes; "
+                f"names and descriptions have at most {MAXIMUM_STRING} and no NUL"
+            )
+
+    def _check_blocks(self) -> None:
+        """P126: what QEMU's client insists on, and no more than we can consume."""
+        minimum, preferred, maximum = self.minimum_block, self.preferred_block, self.maximum_block
+        powers = all(size > 0 and size & (size - 1) == 0 for size in (minimum, preferred))
+        ordered = minimum <= 64 << 10 and max(512, minimum) <= preferred <= maximum <= MAXIMUM_PAYLOAD
+        if not powers or not ordered or maximum % minimum:
+            raise ExportError(
+                f"export {printable(self.name)}: block sizes {minimum}, {preferred}, {maximum} must ascend; minimum "
+                f"a power of two to 64 KiB, preferred a power of two from 512, maximum a multiple of the minimum to "
+                f"{MAXIMUM_PAYLOAD >> 20} MiB"
+            )
+
+    def wire_flags(self, *, structured: bool) -> TransmissionFlag:
+        """The transmission flags as a client sees them (1.6): DF exactly when structured replies are agreed."""
+        flags = self.flags | TransmissionFlag.HAS_FLAGS
+        return flags | TransmissionFlag.SEND_DF if structured else flags
+
+
+class ExportDirectory(Protocol):
+    """Where the handshake looks exports up. Neither call may block or open anything (R-07, P36)."""
+
+    def list(self) -> Sequence[ExportInfo]:
+        """The exports that a client may see (P32)."""
+        ...
+
+    def find(self, name: str) -> ExportInfo | None:
+        """The export of exactly that name; the empty name asks for the default export (P31)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Negotiated:
+    """What the two sides agreed on; it holds for the whole transmission phase."""
+
+    export: ExportInfo
+    structured: bool
+    contexts: tuple[tuple[int, str], ...]
+    """(id, name) of every selected metadata context; not empty only with structured replies."""
+
+    @property
+    def flags(self) -> TransmissionFlag:
+        """The transmission flags that the client was told."""
+        return self.export.wire_flags(structured=self.structured)
+
+
+class Handshake:
+    """One client's handshake: send :meth:`hello`, then feed :meth:`receive` until ``negotiated`` or ``finished``."""
+
+    def __init__(self, exports: ExportDirectory, *, maximum_options: int = 32) -> None:
+        """``maximum_options`` bounds what a client may ask in all; listing exports permits as many again for each."""
+        self.negotiated: Negotiated | None = None
+        """Set once transmission begins; the replies of that call to :meth:`receive` are still to be sent."""
+        self.finished = False
+        """Close the connection once the replies are sent."""
+        self.reason = ""
+        """Why ``finished``, one line for the log."""
+        self.leftover = b""
+        """What was received behind the handshake, set with ``negotiated``: the start of transmission."""
+
+        self._exports = exports
+        self._budget = self._options_per_export = maximum_options
+        self._listed = False
+        self._fixed = False  # the client understands option replies (P13)
+        self._padded = True  # the client wants the 124 zeroes of EXPORT_NAME (P30)
+        self._structured = False
+        self._selected_export: str | None = None
+        self._selected_contexts: tuple[tuple[int, str], ...] = ()
+        self._shutting_down = False
+
+        self._buffer = bytearray()  # never holds more than one option and what receive() was given last
+        self._replies: list[bytes] = []
+        self._conversation = self._converse()
+        next(self._conversation)
+
+    def hello(self) -> bytes:
+        """The 18 bytes with which the server opens (P10)."""
+        return _HELLO
+
+    def receive(self, data: bytes | bytearray | memoryview) -> list[bytes]:
+        """Go on with what the client sent. A few KiB at a time bound the work and the replies of one call.
+
+        Returns:
+            Complete option replies, each of which has to reach the client in one send (N2).
+
+        Raises:
+            ProtocolError: sync with the client is lost. Where the same ``data`` earned replies before that, they are
+                returned instead, as they would have been had it come in pieces; ``finished`` and ``reason`` tell.
+        """
+        assert self.negotiated is None
+        if self.finished:
+            return []
+        self._buffer += data
+        try:
+            next(self._conversation, None)
+        except ProtocolError as error:
+            self._finish(str(error))
+            if not self._replies:
+                raise
+        replies, self._replies = self._replies, []
+        return replies
+
+    def shut_down(self) -> None:
+        """Answer further options with ERR_SHUTDOWN, except ABORT (P99)."""
+        self._shutting_down = True
+
+    # The conversation reads from top to bottom like section 1.2 of the specification; each bare ``yield`` waits for
+    # receive() to bring more.
+
+    def _converse(self) -> Generator[None]:
+        (flags,) = _CLIENT_FLAGS.unpack((yield from self._take(_CLIENT_FLAGS.size)))
+        if flags & ~(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
+            raise ProtocolError(f"client flags {flags:#x} include one that was not offered")
+        self._fixed = bool(flags & ClientFlag.FIXED_NEWSTYLE)
+        self._padded = not flags & ClientFlag.NO_ZEROES
+        while self.negotiated is None and not self.finished:
+            magic, option, length = _OPTION.unpack((yield from self._take(_OPTION.size)))
+            if magic != IHAVEOPT:
+                raise ProtocolError(f"an option begins with {magic:#018x} instead of the magic {IHAVEOPT:#x}")
+            self._spend(1)
+            if length > MAXIMUM_DISCARD:
+                raise ProtocolError(
+                    f"option {_name(option)} has {length} bytes of data; the limit is {MAXIMUM_DISCARD}"
+                )
+            if length > MAXIMUM_OPTION:
+                yield from self._skip(length)
+                self._respond(option, None)
+            else:
+                self._respond(option, (yield from self._take(length)))
+
+    def _take(self, count: int) -> Generator[None, None, bytes]:
+        while len(self._buffer) < count:
+            yield
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return data
+
+    def _skip(self, count: int) -> Generator[None]:
+        while len(self._buffer) < count:
+            count -= len(self._buffer)
+            self._buffer.clear()
+            yield
+        del self._buffer[:count]
+
+    def _spend(self, cost: int) -> None:
+        """Take ``cost`` from what this client may still ask; a stream of cheap options must not buy much work (P16)."""
+        self._budget -= cost
+        if self._budget < 0:
+            raise ProtocolError("the client haggles over more options than any honest one needs")
+
+    def _finish(self, reason: str) -> None:
+        self.finished = True
+        self.reason = reason
+        self._buffer.clear()
+
+    def _respond(self, option: int, data: bytes | None) -> None:
+        """Answer one option; ``data`` is None if it was too long to keep."""
+        try:
+            self._answer(option, data)
+        except OptionRefused as refused:
+            if self._fixed and option != Option.EXPORT_NAME:
+                self._replies.append(messages.error(option, refused))
+            else:  # the protocol has no error reply for these (P13, P30)
+                self._finish(f"{_name(option)} refused: {refused.text}")
+
+    def _answer(self, option: int, data: bytes | None) -> None:
+        if option == Option.SET_META_CONTEXT:  # replaces the selection even if it fails, however it fails (P42)
+            self._selected_export, self._selected_contexts = None, ()
+        if not self._fixed and option != Option.EXPORT_NAME:
+            raise OptionRefused(OptionReply.ERR_POLICY, "the client did not agree to fixed newstyle negotiation")
+        if option == Option.ABORT:  # whatever it carries (P26)
+            self._replies.append(messages.ack(option))
+            self._finish("the client sent ABORT")
+            return
+        if self._shutting_down:
+            raise OptionRefused(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
+        if data is None:
+            raise OptionRefused(OptionReply.ERR_TOO_BIG, f"option data is limited to {MAXIMUM_OPTION} bytes")
+        match option:
+            case Option.EXPORT_NAME:
+                self._export_name(data)
+            case Option.LIST:
+                self._list(data)
+            case Option.INFO | Option.GO:
+                self._info(option, data)
+            case Option.STRUCTURED_REPLY:
+                _require_empty(data)
+                self._structured = True
+                self._replies.append(messages.ack(option))
+            case Option.LIST_META_CONTEXT:
+                self._list_meta_context(data)
+            case Option.SET_META_CONTEXT:
+                self._set_meta_context(data)
+            case Option.STARTTLS:
+                _require_empty(data)
+                raise OptionRefused(OptionReply.ERR_POLICY, "this server does not offer TLS")
+            case _:
+                raise OptionRefused(OptionReply.ERR_UNSUP, f"option {_name(option)} is not supported")
+
+    def _export_name(self, data: bytes) -> None:
+        export = self._find(messages.decode_text(data))
+        flags = export.wire_flags(structured=self._structured)
+        self._replies.append(messages.export_name(size=export.size, flags=flags, padded=self._padded))
+        self._begin_transmission(export)
+
+    def _list(self, data: bytes) -> None:
+        _require_empty(data)
+        exports = self._exports.list()
+        if not self._listed:  # clients such as qemu-nbd --list go on to ask about each
+            self._listed = True
+            self._budget += self._options_per_export * len(exports)
+        self._spend(len(exports))
+        self._replies += [messages.server(export.name, export.description) for export in exports]
+        self._replies.append(messages.ack(Option.LIST))
+
+    def _info(self, option: int, data: bytes) -> None:
+        request = messages.parse_info_request(data)
+        export = self._find(request.export)
+        if InfoType.NAME in request.types:
+            self._replies.append(messages.info_text(option, InfoType.NAME, export.name))
+        if InfoType.DESCRIPTION in request.types and export.description:
+            self._replies.append(messages.info_text(option, InfoType.DESCRIPTION, export.description))
+        self._replies += [
+            messages.info_block_size(
+                option,
+                minimum=export.minimum_block,
+                preferred=export.preferred_block,
+                maximum=export.maximum_block,
+            ),
+            messages.info_export(option, size=export.size, flags=export.wire_flags(structured=self._structured)),
+            messages.ack(option),
+        ]
+        if option == Option.GO:
+            self._begin_transmission(export)
+
+    def _list_meta_context(self, data: bytes) -> None:
+        export, queries = self._meta_context_request(data)
+        self._replies += [
+            messages.meta_context(Option.LIST_META_CONTEXT, 0, context)  # the id means nothing here (P41)
+            for context in export.contexts
+            if not queries or any(_lists(query, context) for query in queries)
+        ]
+        self._replies.append(messages.ack(Option.LIST_META_CONTEXT))
+
+    def _set_meta_context(self, data: bytes) -> None:
+        if not self._structured:
+            raise OptionRefused(OptionReply.ERR_INVALID, "metadata contexts need STRUCTURED_REPLY first")
+        export, queries = self._meta_context_request(data)
+        selected = tuple((number, context) for number, context in enumerate(export.contexts) if context in queries)
+        if len(selected) > MAXIMUM_CONTEXTS:
+            text = f"{len(selected)} metadata contexts selected; the limit is {MAXIMUM_CONTEXTS}"
+            raise OptionRefused(OptionReply.ERR_TOO_BIG, text)
+        self._selected_export, self._selected_contexts = export.name, selected
+        self._replies += [messages.meta_context(Option.SET_META_CONTEXT, *context) for context in selected]
+        self._replies.append(messages.ack(Option.SET_META_CONTEXT))
+
+    def _meta_context_request(self, data: bytes) -> tuple[ExportInfo, tuple[str, ...]]:
+        request = messages.parse_meta_context_request(data)
+        for query in request.queries:
+            if ":" not in query:  # P45
+                text = f"query '{printable(query)}' has no namespace; try 'base:allocation'"
+                raise OptionRefused(OptionReply.ERR_INVALID, text)
+        return self._find(request.export), request.queries
+
+    def _find(self, name: str) -> ExportInfo:
+        export = self._exports.find(name)
+        if export is None:
+            text = f"no export is named '{printable(name)}'" if name else "there is no default export; give a name"
+            raise OptionRefused(OptionReply.ERR_UNKNOWN, text)
+        return export
+
+    def _begin_transmission(self, export: ExportInfo) -> None:
+        same = export.name == self._selected_export  # a selection made for another export counts for nothing (P43)
+        self.negotiated = Negotiated(export, self._structured, self._selected_contexts if same else ())
+        self.leftover = bytes(self._buffer)
+        self._buffer.clear()
+
+
+def _name(option: int) -> str:
+    """The option as a log should show it."""
+    try:
+        return Option(option).name
+    except ValueError:
+        return str(option)
+
+
+def _require_empty(data: bytes) -> None:
+    """Refuse data with an option for which the protocol defines none (P26)."""
+    if data:
+        raise OptionRefused(
+            OptionReply.ERR_INVALID, f"the option carries {len(data)} bytes; it is defined without data"
+        )
+
+
+def _lists(query: str, context: str) -> bool:
+    """Whether a LIST query means ``context``: by its name, or by a namespace that ends in a colon (P45, P48)."""
+    return query == context or (query.endswith(":") and context.startswith(query))
