@@ -1,0 +1,306 @@
+"""The transmission phase: receive buffer → raw requests, the one list of reasons to refuse them, and reply headers.
+
+The hot path of the server: no object per request but the tuple that ``struct`` makes. Knows byte layouts and the rules
+of the protocol. Must not know sockets, files, or how a request is carried out; payloads of replies pass by untouched.
+
+The only violations that end a connection here are a wrong request magic (P80) and a WRITE too long to consume (P85);
+every other fault of a request is a :class:`Refusal`, which is a reply (P141).
+"""
+
+import errno as system_errno
+import struct
+from typing import NamedTuple
+
+from nbdq.errors import ProtocolError
+from nbdq.nbd.constants import (
+    CHUNK_MAGIC,
+    MAXIMUM_PAYLOAD,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY_MAGIC,
+    ChunkFlag,
+    ChunkType,
+    Command,
+    CommandFlag,
+    Errno,
+    TransmissionFlag,
+)
+from nbdq.nbd.handshake import Negotiated
+from nbdq.nbd.messages import bounded_text
+
+#: One request as it is on the wire: magic, operation, cookie, offset, length, where operation is
+#: ``flags << 16 | command`` (P80). A READ without flags therefore is operation 0.
+RawRequest = tuple[int, int, int, int, int]
+
+#: Bytes of the receive buffer: 9000 headers, or a large piece of a payload.
+BUFFER_SIZE = 256 << 10
+
+REQUEST = struct.Struct(">IIQQI")
+SIMPLE_REPLY = struct.Struct(">IIQ")
+"""``SIMPLE_REPLY_MAGIC``, errno, cookie (P100)."""
+CHUNK = struct.Struct(">IHHQI")
+"""``CHUNK_MAGIC``, flags, type, cookie, length of what follows (P110)."""
+DATA_CHUNK = struct.Struct(">IHHQIQ")
+"""CHUNK with an offset behind it; the length counts 8 for the offset, and the payload (P111)."""
+_HOLE_CHUNK = struct.Struct(">IHHQIQI")
+_BLOCK_STATUS_CHUNK = struct.Struct(">IHHQII")
+_ERROR = struct.Struct(">IH")
+_OFFSET = struct.Struct(">Q")
+
+# Plain integers: comparing with an enum member costs the hot loop an attribute look-up each time.
+_HEADER_SIZE = REQUEST.size
+_READ = int(Command.READ)
+_WRITE = int(Command.WRITE)
+_DISC = int(Command.DISC)
+_FLUSH = int(Command.FLUSH)
+_WRITE_ZEROES = int(Command.WRITE_ZEROES)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
+
+
+class Refusal(NamedTuple):
+    """Why a request is answered with an error."""
+
+    errno: Errno
+    text: str
+    """For humans at the client; without host paths (P121)."""
+
+
+class _Rule(NamedTuple):
+    """What an export has to advertise for a command, the flags that apply to it (P83), and whether it changes data."""
+
+    advertised: TransmissionFlag
+    flags: CommandFlag
+    modifies: bool = False
+
+
+_RULES = {
+    Command.READ: _Rule(TransmissionFlag(0), CommandFlag.FUA | CommandFlag.DF),
+    Command.WRITE: _Rule(TransmissionFlag(0), CommandFlag.FUA, modifies=True),
+    Command.FLUSH: _Rule(TransmissionFlag.SEND_FLUSH, CommandFlag.FUA),
+    Command.TRIM: _Rule(TransmissionFlag.SEND_TRIM, CommandFlag.FUA, modifies=True),
+    Command.CACHE: _Rule(TransmissionFlag.SEND_CACHE, CommandFlag.FUA),
+    Command.WRITE_ZEROES: _Rule(
+        TransmissionFlag.SEND_WRITE_ZEROES,
+        CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+        modifies=True,
+    ),
+    Command.BLOCK_STATUS: _Rule(TransmissionFlag(0), CommandFlag.FUA | CommandFlag.REQ_ONE),
+}
+
+#: Command flags that a client may use only if the export advertised them.
+_ADVERTISED_BY = {
+    CommandFlag.FUA: TransmissionFlag.SEND_FUA,
+    CommandFlag.DF: TransmissionFlag.SEND_DF,
+    CommandFlag.FAST_ZERO: TransmissionFlag.SEND_FAST_ZERO,
+}
+
+
+class Transmission:
+    """One client's transmission phase: the receive buffer and what was agreed.
+
+    The owner receives into :meth:`buffer`, tells :meth:`received` how much came, and answers what that returns. Bytes
+    that the handshake left over are copied into :meth:`buffer` first, as if they had just come.
+    """
+
+    def __init__(self, negotiated: Negotiated) -> None:
+        self.negotiated = negotiated
+        self.disconnected = False
+        """The client sent DISC: answer what is outstanding, then close (P93)."""
+        self.failure: ProtocolError | None = None
+        """Sync is lost: answer the requests before it, then close. The next :meth:`received` raises it."""
+
+        self._buffer = bytearray(BUFFER_SIZE)
+        self._view = memoryview(self._buffer)
+        self._kept = 0  # bytes at the front of the buffer: an incomplete header
+        self._unread_payload = 0  # bytes still to come of a WRITE payload that nobody wants; only while _kept is 0
+
+        self._refused_commands = _refused_commands(negotiated)
+        self._refused_flags = _refused_flags(negotiated.flags)
+
+    def buffer(self) -> memoryview:
+        """Where to receive into; never empty, valid until the next :meth:`received`."""
+        return self._view[self._kept :]
+
+    def received(self, count: int) -> list[RawRequest]:
+        """Take ``count`` bytes that are now at the front of :meth:`buffer`.
+
+        Returns:
+            Every request whose header is complete, in order, unchecked but for its magic. A WRITE is among them as soon
+            as its header is there; its payload is consumed, now and as it comes, and kept nowhere (P84). DISC is not
+            among them, nor is what follows it (P93).
+
+        Raises:
+            ProtocolError: sync with the client is lost, and no request before that is left to be returned.
+        """
+        if self.failure is not None:
+            raise self.failure
+        requests: list[RawRequest] = []
+        if self.disconnected:
+            return requests
+        buffer = self._buffer
+        unpack = REQUEST.unpack_from
+        end = self._kept + count
+        last = end - _HEADER_SIZE
+        position = self._unread_payload
+        while position <= last:
+            request: RawRequest = unpack(buffer, position)
+            position += _HEADER_SIZE
+            operation = request[1]
+            if request[0] != REQUEST_MAGIC:
+                self.failure = ProtocolError(f"a request begins with {request[0]:#010x} instead of {REQUEST_MAGIC:#x}")
+                position = end  # what follows is not parsed
+                break
+            if operation:
+                command = operation & 0xFFFF
+                if command == _WRITE:
+                    if request[4] > MAXIMUM_PAYLOAD:
+                        self.failure = ProtocolError(f"a WRITE of {request[4]} bytes; the limit is {MAXIMUM_PAYLOAD}")
+                        position = end
+                        break
+                    position += request[4]
+                elif command == _DISC:
+                    self.disconnected = True
+                    position = end
+                    break
+            requests.append(request)
+        if position < end:
+            self._kept = end - position
+            self._unread_payload = 0
+            self._view[: self._kept] = self._view[position:end]
+        else:
+            self._kept = 0
+            self._unread_payload = position - end
+        if self.failure is not None and not requests:
+            raise self.failure
+        return requests
+
+    def refusal(self, operation: int, offset: int, length: int) -> Refusal | None:
+        """Why this request has to be answered with an error; None if it is to be carried out.
+
+        The one list of such reasons, in the order of P87: who may, how, where. A length of 0 is carried out by doing
+        nothing, except for BLOCK_STATUS, which cannot say less than one extent (P86, W4).
+        """
+        command = operation & 0xFFFF
+        refused_flags = self._refused_flags.get(command)
+        if refused_flags is None:  # P82; DISC is none that is answered
+            return Refusal(Errno.EINVAL, f"command {command} is unknown")
+        if command in self._refused_commands:
+            return self._refused_commands[command]
+        if operation >> 16 & refused_flags:
+            return Refusal(Errno.EINVAL, _flags_text(command, operation >> 16 & refused_flags))
+        if command == _FLUSH:  # offset and length mean nothing (P91)
+            return None
+        export = self.negotiated.export
+        if offset + length > export.size:
+            number = Errno.ENOSPC if command in (_WRITE, _WRITE_ZEROES) else Errno.EINVAL
+            return Refusal(number, f"{length} bytes at {offset} reach past the end of the export at {export.size}")
+        if (offset | length) & (export.minimum_block - 1):  # P88
+            text = f"{length} bytes at {offset} are not aligned to the minimum block of {export.minimum_block}"
+            return Refusal(Errno.EINVAL, text)
+        if length > export.maximum_block and command in (_READ, _WRITE):  # P85, P128
+            return Refusal(Errno.EINVAL, f"{length} bytes in one request; the limit is {export.maximum_block}")
+        if length == 0 and command == _BLOCK_STATUS:
+            return Refusal(Errno.EINVAL, "a range of 0 bytes has no status")
+        return None
+
+    def error_reply(self, cookie: int, errno: Errno, text: str) -> bytes:
+        """The whole answer to a request that failed; the text goes along if the client can take it (P102)."""
+        return error_chunk(cookie, errno, text) if self.negotiated.structured else simple_reply(cookie, errno)
+
+    def success_reply(self, cookie: int) -> bytes:
+        """The whole answer to a request that succeeded and returns no data: also to a READ of 0 bytes (P86, P102)."""
+        return none_chunk(cookie) if self.negotiated.structured else simple_reply(cookie)
+
+
+def _refused_commands(negotiated: Negotiated) -> dict[int, Refusal]:
+    """The commands that this client may not use at all."""
+    refused: dict[int, Refusal] = {}
+    for command, rule in _RULES.items():
+        if rule.modifies and TransmissionFlag.READ_ONLY in negotiated.flags:
+            refused[command] = Refusal(Errno.EPERM, "the export is read-only")
+        elif rule.advertised not in negotiated.flags:
+            refused[command] = Refusal(Errno.EINVAL, f"the export does not offer {command.name}")
+    if not negotiated.contexts:  # P43
+        refused[Command.BLOCK_STATUS] = Refusal(Errno.EINVAL, "no metadata context was selected for this export")
+    return refused
+
+
+def _refused_flags(advertised: TransmissionFlag) -> dict[int, int]:
+    """For every command, the 16 flag bits that are unknown, do not apply or were not advertised (P83)."""
+    offered = ~CommandFlag(0)
+    for command_flag, transmission_flag in _ADVERTISED_BY.items():
+        if transmission_flag not in advertised:
+            offered &= ~command_flag
+    return {command: 0xFFFF & ~int(rule.flags & offered) for command, rule in _RULES.items()}
+
+
+def _flags_text(command: int, flags: int) -> str:
+    shown = CommandFlag(flags).name or hex(flags)
+    return f"{Command(command).name} with flag {shown}: unknown, not offered, or not for this command"
+
+
+def simple_reply(cookie: int, errno: Errno | None = None) -> bytes:
+    """A simple reply; behind one to a READ that succeeded follows the data (P100)."""
+    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, errno or 0, cookie)
+
+
+def none_chunk(cookie: int) -> bytes:
+    """The chunk that ends a reply and says nothing else (P111)."""
+    return CHUNK.pack(CHUNK_MAGIC, ChunkFlag.DONE, ChunkType.NONE, cookie, 0)
+
+
+def data_chunk(cookie: int, offset: int, length: int, *, done: bool) -> bytes:
+    """The header of an OFFSET_DATA chunk; ``length`` ≥ 1 bytes of payload, from ``offset`` of the export, follow.
+
+    ``done`` only if no later error is possible (P114).
+    """
+    return DATA_CHUNK.pack(CHUNK_MAGIC, done, ChunkType.OFFSET_DATA, cookie, _OFFSET.size + length, offset)
+
+
+def hole_chunk(cookie: int, offset: int, length: int, *, done: bool) -> bytes:
+    """A whole OFFSET_HOLE chunk: ``length`` ≥ 1 bytes from ``offset`` read as zeros (P111, P116)."""
+    return _HOLE_CHUNK.pack(CHUNK_MAGIC, done, ChunkType.OFFSET_HOLE, cookie, 12, offset, length)
+
+
+def block_status_chunk(cookie: int, *, context_id: int, payload_length: int, done: bool) -> bytes:
+    """The header of a BLOCK_STATUS chunk, to be followed by the payload: one or more big-endian u32 pairs of length and
+    status (P111, P117). ``done`` with the last selected context."""
+    length = 4 + payload_length
+    return _BLOCK_STATUS_CHUNK.pack(CHUNK_MAGIC, done, ChunkType.BLOCK_STATUS, cookie, length, context_id)
+
+
+def error_chunk(cookie: int, errno: Errno, text: str, *, offset: int | None = None) -> bytes:
+    """A whole ERROR chunk, or ERROR_OFFSET if the failure has an ``offset`` in the export; it ends the reply (P111).
+
+    ``text`` is cut to what the protocol permits (P121).
+    """
+    message = bounded_text(text)
+    body = _ERROR.pack(errno, len(message)) + message
+    if offset is not None:
+        body += _OFFSET.pack(offset)
+    kind = ChunkType.ERROR if offset is None else ChunkType.ERROR_OFFSET
+    return CHUNK.pack(CHUNK_MAGIC, ChunkFlag.DONE, kind, cookie, len(body)) + body
+
+
+_WIRE_ERRNO = {
+    system_errno.EPERM: Errno.EPERM,
+    system_errno.EACCES: Errno.EPERM,
+    system_errno.EROFS: Errno.EPERM,
+    system_errno.EINVAL: Errno.EINVAL,
+    system_errno.EOPNOTSUPP: Errno.EINVAL,
+    system_errno.ENOSPC: Errno.ENOSPC,
+    system_errno.EDQUOT: Errno.ENOSPC,
+    system_errno.EFBIG: Errno.ENOSPC,
+    system_errno.ESHUTDOWN: Errno.ESHUTDOWN,
+}
+
+
+def wire_errno(error: OSError, *, fast_zero: bool = False) -> Errno:
+    """The error number that tells a client of ``error``: the one translation (P98).
+
+    ``fast_zero``: the request was a WRITE_ZEROES with FAST_ZERO, the only one that may be told ENOTSUP. Whatever else
+    is missing from the table is EIO; ENOMEM and EOVERFLOW too, although the protocol has numbers for them, because a
+    server should avoid the one, and the other tells the client that its request is too long.
+    """
+    if fast_zero and error.errno == system_errno.EOPNOTSUPP:
+        return Errno.ENOTSUP
+    return _WIRE_ERRNO.get(error.errno or system_errno.EIO, Errno.EIO)
