@@ -1,0 +1,58 @@
+"""The command line: click commands, each one call. Knows no formats and no protocol.
+
+Commands are imported when they are named, so that each starts as fast as what it needs.
+"""
+
+import logging
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from nbdq import __version__
+from nbdq.errors import NbdqError, printable
+
+#: Command → its module below this package and the name of its click command there.
+_COMMANDS = {
+    "info": ("info", "info_command"),
+    "map": ("map", "map_command"),
+    "serve": ("serve", "serve_command"),
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"nbdq.cli.{module}"), name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Errors that a user can cause are one line on stderr and exit status 1."""
+        try:
+            return super().invoke(ctx)
+        except NbdqError as error:
+            _fail(str(error))
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of our output has gone; nothing is left to say
+            ctx.exit(1)
+        except OSError as error:
+            where = f"{printable(str(error.filename))}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}")
+
+
+def _fail(text: str) -> None:
+    click.echo(f"nbdq: {text}", err=True)
+    sys.exit(1)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "NBDQ"})
+@click.version_option(__version__, prog_name="nbdq")
+def main() -> None:
+    """Serve QCOW2 backing chains over NBD, and look into them."""
+    logging.basicConfig(format="nbdq: %(levelname)s: %(message)s", level=logging.WARNING)

@@ -1,0 +1,279 @@
+"""A whole chain as one disk: every read, status query and map is a loop over the runs of the chain index.
+
+Knows layers, the index and the inflated-cluster cache. Must not know NBD, sockets or event loops.
+"""
+
+import errno
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from nbdq.block import Extent, FilePiece, Kind, Status
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.index import ChainIndex, Layer, Runs, Window, runs_at
+from nbdq.qcow2.image import Qcow2Image
+
+#: Memory for index windows, for each disk.
+INDEX_BUDGET = 32 << 20
+
+_HAS_DATA = frozenset((Kind.DATA, Kind.DATA_HOLE, Kind.COMPRESSED))
+_READS_ZERO = frozenset((Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET, Kind.ZERO, Kind.ZERO_OFFSET, Kind.HOLE))
+_ZERO = frozenset((*_READS_ZERO, Kind.DATA_HOLE))
+_HAS_OFFSET = frozenset((Kind.UNALLOCATED_OFFSET, Kind.ZERO_OFFSET, Kind.HOLE, Kind.DATA, Kind.DATA_HOLE))
+_UNALLOCATED = frozenset((Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET))
+
+_DATA = int(Kind.DATA)
+_COMPRESSED = int(Kind.COMPRESSED)
+_CORRUPT = int(Kind.CORRUPT)
+
+
+class ChainDisk:
+    """A read-only :class:`~nbdq.block.BlockDevice` over an immutable chain. Owns its layers until :meth:`close`."""
+
+    def __init__(self, layers: Sequence[Layer], *, clusters: ClusterCache, index_budget: int = INDEX_BUDGET) -> None:
+        """Take ownership of ``layers``, top first; ``clusters`` is shared with other disks and stays the caller's."""
+        self.layers = layers
+        self.size = layers[0].size
+        self._files = [layer.data for layer in layers]
+        self._file_sizes = [file.size() for file in self._files]
+        self._index = ChainIndex(layers, budget=index_budget)
+        self._windows = self._index.windows
+        self._window_bits = self._index.window_bits
+        self._clusters = clusters
+        self._next_compressed = -1  # guest offset at which a sequential reader would enter the next cluster
+
+    def read_cached(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""
+        window = self._windows.get(offset >> self._window_bits)
+        if window is None:
+            return False
+        run = window.find(offset)
+        starts = window.starts
+        length = len(view)
+        if starts[run + 1] - offset >= length:
+            kind = window.kinds[run]
+            if kind == _DATA:
+                host = window.hosts[run] + offset - starts[run]
+                return self._files[window.layers[run]].read_cached(host, view)
+            return self._read_piece_cached(window, run, offset, view)
+        if offset + length > window.end:
+            return False
+        done = 0
+        while done < length:
+            count = min(length - done, starts[run + 1] - offset - done)
+            if not self._read_piece_cached(window, run, offset + done, view[done : done + count]):
+                return False
+            done += count
+            run += 1
+        return True
+
+    def _read_piece_cached(self, window: Window, run: int, offset: int, view: memoryview) -> bool:
+        kind = window.kinds[run]
+        if kind == _DATA:
+            host = window.hosts[run] + offset - window.starts[run]
+            return self._files[window.layers[run]].read_cached(host, view)
+        if kind == _COMPRESSED:
+            image = self.layers[window.layers[run]]
+            cluster = self._clusters.peek((image, window.hosts[run]))
+            if cluster is None or offset % len(cluster) + len(view) > len(cluster):
+                return False
+            self._copy_from_cluster(cluster, offset, view)
+            return True
+        if kind == _CORRUPT:
+            return False
+        view[:] = bytes(len(view))
+        return True
+
+    def _copy_from_cluster(self, cluster: bytes, offset: int, view: memoryview) -> None:
+        inside = offset % len(cluster)
+        view[:] = memoryview(cluster)[inside : inside + len(view)]
+        self._read_ahead(offset - inside, len(cluster))
+
+    def _read_ahead(self, start: int, cluster_size: int) -> None:
+        """Note a use of the compressed cluster at guest ``start``; inflate the next one for a sequential reader."""
+        following = start + cluster_size
+        if start == self._next_compressed and following < self.size:
+            window = self._windows.get(following >> self._window_bits)
+            if window is not None:
+                run = window.find(following)
+                if window.kinds[run] == _COMPRESSED:
+                    image, descriptor = self.layers[window.layers[run]], window.hosts[run]
+                    assert isinstance(image, Qcow2Image)
+                    self._clusters.get_ahead((image, descriptor), lambda: image.read_compressed(descriptor))
+        self._next_compressed = following
+
+    def locate_cached(self, offset: int, length: int) -> list[FilePiece] | None:
+        """Where the range lies in files, if all of it does and is in the page cache; never waits."""
+        pieces = []
+        end = offset + length
+        window = self._windows.get(offset >> self._window_bits)
+        if window is None or end > window.end:
+            return None
+        run = window.find(offset)
+        while offset < end:
+            if window.kinds[run] != _DATA:
+                return None
+            count = min(end, window.starts[run + 1]) - offset
+            layer = window.layers[run]
+            host = window.hosts[run] + offset - window.starts[run]
+            storage = self._files[layer]
+            # A file that ends inside the range reads as zeros there; a short sendfile would break the reply (P101).
+            if host + count > self._file_sizes[layer] or not storage.is_cached(host, count):
+                return None
+            pieces.append(FilePiece(storage, host, count))
+            offset += count
+            run += 1
+        return pieces
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``; may wait for a disk and inflate.
+
+        Raises:
+            OSError: EIO where metadata is corrupt or the medium fails.
+        """
+        done, length = 0, len(view)
+        while done < length:
+            window = self._index.window(offset + done)
+            run = window.find(offset + done)
+            count = min(length - done, window.starts[run + 1] - offset - done)
+            self._read_piece(window, run, offset + done, view[done : done + count])
+            done += count
+
+    def _read_piece(self, window: Window, run: int, offset: int, view: memoryview) -> None:
+        kind, depth, host = window.kinds[run], window.layers[run], window.hosts[run]
+        if kind == _DATA:
+            count = self._files[depth].read_into(host + offset - window.starts[run], view)
+            view[count:] = bytes(len(view) - count)
+        elif kind == _COMPRESSED:
+            image = self.layers[depth]
+            assert isinstance(image, Qcow2Image)
+            size = image.cluster_size
+            done = 0
+            while done < len(view):  # equal descriptors of neighbouring clusters are one run
+                count = min(size - (offset + done) % size, len(view) - done)
+                cluster = self._clusters.get((image, host), lambda: image.read_compressed(host))
+                self._copy_from_cluster(cluster, offset + done, view[done : done + count])
+                done += count
+        elif kind == _CORRUPT:
+            raise OSError(errno.EIO, f"corrupt table entry for guest offset {offset}", self.layers[depth].path)
+        else:
+            view[:] = bytes(len(view))
+
+    def runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
+        """(runs, end) chunks that cover the range exactly, with holes of preallocated files made visible (P5)."""
+        end = offset + length
+        for window in self._index.spans(offset, end):
+            runs, stop = window.runs, min(window.end, end)
+            first = int(np.searchsorted(runs.start, offset, side="right")) - 1
+            last = int(np.searchsorted(runs.start, stop, side="left"))
+            if first > 0 or last < len(runs.start) or int(runs.start[0]) < offset:
+                start = runs.start[first:last].copy()
+                start[0] = max(int(start[0]), offset)
+                runs = runs_at(runs, start)
+            yield self._split_at_file_holes(runs, stop), stop
+            offset = stop
+
+    def _split_at_file_holes(self, runs: Runs, end: int) -> Runs:
+        depths = {
+            depth
+            for depth in np.unique(runs.layer[runs.kind == _DATA]).tolist()
+            if isinstance(image := self.layers[depth], Qcow2Image) and image.metadata_preallocated
+        }
+        if not depths:
+            return runs
+        starts: list[int] = []
+        holes: list[bool] = []
+        bounds = pairwise((*runs.start.tolist(), end))
+        for (low, high), kind, depth, host in zip(
+            bounds, runs.kind.tolist(), runs.layer.tolist(), runs.host.tolist(), strict=True
+        ):
+            if kind == _DATA and depth in depths:
+                for start, _, is_data in self._files[depth].data_ranges(host, host + high - low):
+                    starts.append(low + start - host)
+                    holes.append(not is_data)
+            else:
+                starts.append(low)
+                holes.append(False)
+        split = runs_at(runs, np.array(starts, dtype=np.uint64))
+        return split._replace(kind=np.where(holes, np.uint8(Kind.DATA_HOLE), split.kind))
+
+    def status_cached(self, offset: int, length: int) -> bool:
+        """Whether :meth:`status` can answer for the range from memory."""
+        last = (offset + length - 1) >> self._window_bits
+        return all(number in self._windows for number in range(offset >> self._window_bits, last + 1))
+
+    def status(self, offset: int, length: int) -> Iterator[Status]:
+        """Block status of the range, in ascending chunks that together cover it exactly.
+
+        Raises:
+            OSError: EIO where metadata is corrupt, or a table cannot be read.
+        """
+        bottom = len(self.layers) - 1
+        for runs, end in self.runs(offset, length):
+            self._refuse_corrupt(runs)
+            depth = runs.layer + np.uint16(1)
+            unallocated = runs.kind <= Kind.UNALLOCATED_OFFSET
+            # A layer that ends too early counts as the one that provides the zeros behind its end (P7).
+            depth[unallocated] = np.where(runs.layer[unallocated] == bottom, 0, runs.layer[unallocated] + np.uint16(2))
+            yield Status(runs.start, runs.kind, depth, end)
+
+    def _refuse_corrupt(self, runs: Runs) -> None:
+        corrupt = np.flatnonzero(runs.kind == _CORRUPT)
+        if len(corrupt):
+            path = self.layers[int(runs.layer[corrupt[0]])].path
+            raise OSError(errno.EIO, f"corrupt table entry for guest offset {int(runs.start[corrupt[0]])}", path)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """What ``qemu-img map`` says of the range: merged where nothing but the position differs (4.1).
+
+        Raises:
+            OSError: EIO where metadata is corrupt, or a table cannot be read.
+        """
+        pending: Extent | None = None
+        for runs, end in self.runs(offset, length):
+            self._refuse_corrupt(runs)
+            bounds = pairwise((*runs.start.tolist(), end))
+            for (low, high), kind, depth, host in zip(
+                bounds, runs.kind.tolist(), runs.layer.tolist(), runs.host.tolist(), strict=True
+            ):
+                extent = Extent(
+                    low,
+                    high - low,
+                    depth,
+                    present=kind not in _UNALLOCATED,
+                    zero=kind in _ZERO,
+                    data=kind in _HAS_DATA,
+                    compressed=kind == _COMPRESSED,
+                    offset=host if kind in _HAS_OFFSET else None,
+                    path=self._files[depth].path,
+                )
+                if pending is not None and _continues(pending, extent):
+                    pending = pending._replace(length=extent.start + extent.length - pending.start)
+                else:
+                    if pending is not None:
+                        yield pending
+                    pending = extent
+        if pending is not None:
+            yield pending
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Ask the kernel for the file ranges behind a guest range. A hint."""
+        for runs, end in self.runs(offset, length):
+            bounds = pairwise((*runs.start.tolist(), end))
+            for (low, high), kind, depth, host in zip(
+                bounds, runs.kind.tolist(), runs.layer.tolist(), runs.host.tolist(), strict=True
+            ):
+                if kind == _DATA:
+                    self._files[depth].prefetch(host, high - low)
+
+    def close(self) -> None:
+        """Close every layer. No call may be in progress."""
+        for layer in self.layers:
+            layer.close()
+
+
+def _continues(extent: Extent, following: Extent) -> bool:
+    if extent[2:7] != following[2:7] or (extent.offset is None) != (following.offset is None):
+        return False
+    return extent.offset is None or extent.offset + extent.length == following.offset

@@ -1,0 +1,49 @@
+"""A raw image as a layer: the guest offset is the host offset, holes come from the file system (M4)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbdq.storage import FileStorage
+
+
+class RawImage:
+    """A raw file or device. Owns its storage until :meth:`close`."""
+
+    def __init__(self, storage: FileStorage) -> None:
+        self.data = storage
+        self.path = storage.path
+        # A partial last sector counts as a whole one; what the file does not hold of it reads as zeros.
+        self.size = -(-storage.size() // 512) * 512
+
+    def ranges(self, start: int, end: int) -> list[tuple[int, int, bool]]:
+        """Contiguous (start, end, is data) over ``[start, end)``, which lies inside the image."""
+        return [
+            (low, min(-(-high // 512) * 512, end) if is_data else high, is_data)
+            for low, high, is_data in self._whole_sectors(start, end)
+        ]
+
+    def _whole_sectors(self, start: int, end: int) -> list[tuple[int, int, bool]]:
+        found = list(self.data.data_ranges(start, end))
+        # The hole behind a partial last sector begins with the next sector.
+        if len(found) > 1 and found[-1][0] % 512 and not found[-1][2]:
+            low, high, _ = found.pop()
+            if -(-low // 512) * 512 < high:
+                found.append((-(-low // 512) * 512, high, False))
+        return found
+
+    def occupancy(self, start: int, end: int, step: int) -> NDArray[np.bool_]:
+        """For each ``step`` bytes of ``[start, end)``: may there be data?"""
+        occupied = np.zeros(-(-(end - start) // step), dtype=bool)
+        position = start
+        while position < end:
+            low, high, is_data = next(self.data.data_ranges(position, end))
+            if is_data:
+                occupied[(low - start) // step] = True
+                position = low + step - (low - start) % step
+            else:
+                position = high
+        return occupied
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        self.data.close()

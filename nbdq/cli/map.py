@@ -1,0 +1,71 @@
+"""``nbdq map``: what each range of a disk is and which file holds it, in qemu-img's two formats (qcow2.md 4.1)."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from nbdq.block import Extent
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.open import open_disk
+from nbdq.cli.options import Size, chain_arguments, chain_options
+
+
+@click.command("map")
+@chain_options
+@click.option("--output", type=click.Choice(["human", "json"]), default="human", show_default=True)
+@click.option("-s", "--start-offset", type=Size(), default=0, help="Begin here.")
+@click.option("-l", "--max-length", type=Size(), default=None, help="Look at so many bytes only.")
+@click.option("-S", "--load-snapshot", "snapshot", default=None, help="An internal snapshot of IMAGE, by id or name.")
+@click.argument("image", type=click.Path())
+def map_command(
+    image: str, output: str, start_offset: int, max_length: int | None, snapshot: str | None, **chain: Any
+) -> None:
+    """Print the extents of IMAGE, through its whole chain.
+
+    The json form is byte for byte that of qemu-img 8.2 and later.
+    """
+    clusters = ClusterCache(budget=0)
+    disk = open_disk(image, clusters=clusters, snapshot=snapshot, **chain_arguments(**chain))
+    try:
+        start = min(start_offset, disk.size)
+        length = disk.size - start if max_length is None else min(max_length, disk.size - start)
+        extents = disk.extents(start, length)
+        if output == "json":
+            _print_json(extents)
+        else:
+            _print_human(extents)
+    finally:
+        disk.close()
+        clusters.close()
+
+
+def _print_json(extents: Iterator[Extent]) -> None:
+    write = sys.stdout.write
+    separator = "["
+    for extent in extents:
+        offset = "" if extent.offset is None else f', "offset": {extent.offset}'
+        write(
+            f'{separator}{{ "start": {extent.start}, "length": {extent.length}, "depth": {extent.depth}, '
+            f'"present": {_boolean(extent.present)}, "zero": {_boolean(extent.zero)}, '
+            f'"data": {_boolean(extent.data)}, "compressed": {_boolean(extent.compressed)}{offset}}}'
+        )
+        separator = ",\n"
+    write("]\n" if separator != "[" else "[]\n")
+
+
+def _boolean(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _print_human(extents: Iterator[Extent]) -> None:
+    print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for extent in extents:
+        if not extent.data or extent.zero:
+            continue
+        if extent.offset is None:
+            sys.stdout.flush()
+            click.echo("nbdq: File contains external, encrypted or compressed clusters.", err=True)
+            sys.exit(1)
+        print(f"{extent.start:<#16x}{extent.length:<#16x}{extent.offset:<#16x}{extent.path}")

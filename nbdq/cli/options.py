@@ -1,0 +1,103 @@
+"""Options and value types that several commands share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from nbdq.chain.policy import Policy
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_SUFFIXES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
+
+
+class Size(click.ParamType):
+    """Bytes, with qemu-img's suffixes: 65536, 64k, 1.5G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        number, suffix = value.rstrip("bBkKmMgGtTpPeE"), value.lstrip("0123456789.").lower()
+        try:
+            size = int(number) if number.isdigit() else float(number)
+            return int(size * _SUFFIXES[suffix])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is not a size; write bytes or a number with a suffix of k, M, G, T, P, E", param, ctx)
+
+
+class Backing(click.ParamType):
+    """FORMAT:PATH of one layer of an explicit chain, or ``none``."""
+
+    name = "FORMAT:PATH|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str] | None:
+        if value is None or isinstance(value, tuple) or value == "none":
+            return None if value == "none" else value
+        format, colon, path = value.partition(":")
+        if not colon or not path or format not in ("qcow2", "raw"):
+            self.fail(f"{value!r} is not qcow2:PATH, raw:PATH or none", param, ctx)
+        return format, path
+
+
+def chain_options(function: _Function) -> _Function:
+    """The options that say how a chain may be opened, gathered by :func:`chain_arguments`."""
+    for option in reversed(
+        (
+            click.option(
+                "-f",
+                "--format",
+                "format",
+                type=click.Choice(["qcow2", "raw"]),
+                default="qcow2",
+                show_default=True,
+                help="Format of IMAGE; it is never guessed.",
+            ),
+            click.option(
+                "--backing",
+                "backing",
+                type=Backing(),
+                multiple=True,
+                help="The layer below, in order from the top; replaces what headers say. 'none' ends the chain.",
+            ),
+            click.option(
+                "--allow-backing",
+                "allow_backing",
+                type=click.Path(exists=True, file_okay=False),
+                multiple=True,
+                help="A directory that backing and data files may lie in, besides IMAGE's own.",
+            ),
+            click.option("--allow-data-file", is_flag=True, help="Open external data files that headers name."),
+            click.option("-U", "--force-share", is_flag=True, help="Open even if another process writes to the image."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def explicit_chain(backing: tuple[tuple[str, str] | None, ...]) -> list[tuple[str, str]] | None:
+    """The layers of ``--backing``; None if the option was not given.
+
+    Raises:
+        click.UsageError: ``none`` together with layers.
+    """
+    if not backing:
+        return None
+    if None in backing and len(backing) > 1:
+        raise click.UsageError("--backing none stands alone; an explicit chain ends after its last layer anyway")
+    return [layer for layer in backing if layer is not None]
+
+
+def chain_arguments(
+    *,
+    format: str,
+    backing: tuple[tuple[str, str] | None, ...],
+    allow_backing: tuple[str, ...],
+    allow_data_file: bool,
+    force_share: bool,
+) -> dict[str, Any]:
+    """The arguments of :func:`nbdq.chain.open.open_disk` that the chain options say."""
+    policy = Policy(roots=allow_backing, allow_data_file=allow_data_file, force_share=force_share)
+    return {"format": format, "backing": explicit_chain(backing), "policy": policy}

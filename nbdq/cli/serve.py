@@ -1,0 +1,190 @@
+"""``nbdq serve``: images to exports, until a signal says stop."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import PurePath
+from typing import Any
+
+import click
+import uvloop
+
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.disk import ChainDisk
+from nbdq.chain.open import open_disk
+from nbdq.cli.options import chain_arguments, chain_options
+from nbdq.errors import ExportError
+from nbdq.nbd.constants import DEFAULT_PORT
+from nbdq.server.export import Export, Exports
+from nbdq.server.limits import Limits
+from nbdq.server.listener import Listener, listen_tcp, listen_unix
+from nbdq.server.server import Server
+
+_log = logging.getLogger(__name__)
+
+
+class _Mode(click.ParamType):
+    """File mode in octal."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            mode = value if isinstance(value, int) else int(value, 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            self.fail(f"{value!r} is not an octal file mode such as 0660", param, ctx)
+        return mode
+
+
+@click.command("serve")
+@chain_options
+@click.option("-k", "--socket", type=click.Path(), help="Listen on this unix socket.")
+@click.option("-b", "--bind", default=None, help="Listen on this address.  [default: 127.0.0.1, unless --socket]")
+@click.option(
+    "-p",
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=None,
+    help=f"Listen on this TCP port; 0 chooses a free one.  [default: {DEFAULT_PORT}, unless --socket]",
+)
+@click.option("--socket-mode", type=_Mode(), default="0600", show_default=True, help="File mode of the unix socket.")
+@click.option(
+    "-x",
+    "--export-name",
+    "names",
+    multiple=True,
+    help="Name of the export; once for each IMAGE.  [default: empty, or file names if there are several]",
+)
+@click.option("-D", "--description", "descriptions", multiple=True, help="Text about the export; once for each IMAGE.")
+@click.option("-r", "--read-only", is_flag=True, help="Refuse writes. Exports are read-only in any case so far.")
+@click.option(
+    "-l",
+    "--load-snapshot",
+    "snapshot",
+    default=None,
+    help="Serve an internal snapshot of IMAGE: its id or name, or snapshot.id=ID,snapshot.name=NAME.",
+)
+@click.option("-A", "--allocation-depth", is_flag=True, help="Offer the qemu:allocation-depth metadata context.")
+@click.option(
+    "-e",
+    "--shared",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Clients that an export takes at once; 0 for no limit.",
+)
+@click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
+@click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect.")
+@click.option("-v", "--verbose", count=True, help="Log clients; twice: everything.")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
+def serve_command(
+    images: tuple[str, ...],
+    socket: str | None,
+    bind: str | None,
+    port: int | None,
+    socket_mode: int,
+    names: tuple[str, ...],
+    descriptions: tuple[str, ...],
+    read_only: bool,
+    snapshot: str | None,
+    allocation_depth: bool,
+    shared: int,
+    persistent: bool,
+    pid_file: str | None,
+    verbose: int,
+    **chain: Any,
+) -> None:
+    """Serve each IMAGE, with its whole chain, as an NBD export.
+
+    Prints the URI of each export when clients can connect. SIGTERM or SIGINT ends it cleanly.
+    """
+    logging.getLogger().setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    if len(images) > 1 and (chain["backing"] or snapshot):
+        raise click.UsageError("--backing and --load-snapshot are for a single IMAGE")
+    limits = Limits()
+    clusters = ClusterCache(budget=limits.inflated_bytes)
+    disks: list[ChainDisk] = []
+    try:
+        exports = []
+        texts = _one_each("--description", descriptions, images, default=[""] * len(images))
+        for image, name, text in zip(images, _export_names(names, images), texts, strict=True):
+            disks.append(open_disk(image, clusters=clusters, snapshot=snapshot, **chain_arguments(**chain)))
+            exports.append(
+                Export.read_only(
+                    name,
+                    disks[-1],
+                    description=text,
+                    allocation_depth=allocation_depth,
+                    maximum_connections=shared,
+                )
+            )
+        directory = Exports(exports)
+        listeners = _listen(socket, bind, port, socket_mode)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(directory, listeners, limits, pid_file))
+    finally:
+        for disk in disks:
+            disk.close()
+        clusters.close()
+
+
+def _export_names(names: tuple[str, ...], images: tuple[str, ...]) -> list[str]:
+    default = [""] if len(images) == 1 else [PurePath(image).stem for image in images]
+    return _one_each("--export-name", names, images, default=default)
+
+
+def _one_each(option: str, values: tuple[str, ...], images: tuple[str, ...], *, default: list[str]) -> list[str]:
+    if not values:
+        return default
+    if len(values) != len(images):
+        raise click.UsageError(f"{option} is given {len(values)} times for {len(images)} images; give one for each")
+    return list(values)
+
+
+def _listen(socket: str | None, bind: str | None, port: int | None, socket_mode: int) -> list[Listener]:
+    listeners = []
+    if socket is not None:
+        listeners.append(listen_unix(socket, mode=socket_mode))
+    if socket is None or bind is not None or port is not None:
+        listeners += listen_tcp(bind or "127.0.0.1", DEFAULT_PORT if port is None else port)
+    return listeners
+
+
+async def _serve(exports: Exports, listeners: list[Listener], limits: Limits, pid_file: str | None) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = Server(exports, listeners, limits)
+    server.start()
+    try:
+        if pid_file is not None:
+            _write_pid_file(pid_file)
+        for listener in listeners:
+            for info in exports.list():
+                print(listener.uri(info.name), flush=True)
+        await stop.wait()
+    finally:
+        await server.stop()
+        if pid_file is not None:
+            _remove_pid_file(pid_file)
+
+
+def _write_pid_file(path: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
+        os.close(descriptor)
+    except OSError as error:
+        raise ExportError(f"cannot write the pid file {path}: {error.strerror}") from None
+
+
+def _remove_pid_file(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        print(f"nbdq: cannot remove the pid file {path}: {error.strerror}", file=sys.stderr)

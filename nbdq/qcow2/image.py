@@ -1,0 +1,129 @@
+"""One QCOW2 image, open for reading: which granules of a guest range it holds, and its compressed clusters.
+
+Knows L1 and L2 tables in the file. Must not know other layers of a chain, caches, or clients. Tables are read where
+and when they are asked for, in slices: an image of any virtual size opens in constant time and memory (R-26).
+"""
+
+import errno
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbdq.block import Granules, Kind
+from nbdq.qcow2.compression import inflate_cluster
+from nbdq.qcow2.entries import L1_OFFSET_MASK, Geometry, decode_l2
+from nbdq.qcow2.format import Header
+from nbdq.qcow2.preallocation import is_metadata_preallocated
+from nbdq.qcow2.snapshots import Snapshot
+from nbdq.storage import FileStorage
+
+
+class Qcow2Image:
+    """The active state of an image, or one internal snapshot of it. Owns its storages until :meth:`close`."""
+
+    def __init__(
+        self,
+        storage: FileStorage,
+        header: Header,
+        *,
+        data: FileStorage | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        """Take ownership of ``storage`` and of ``data``, the external data file if the image has one."""
+        self.storage = storage
+        self.data = data or storage
+        self.header = header
+        self.path = storage.path
+        self.geometry = Geometry(header.cluster_bits, header.extended_l2, header.version, header.has_data_file)
+        self.granule = self.geometry.granule
+        self.cluster_size = header.cluster_size
+        self.size = header.guest_size
+        self._l1_offset, self._l1_size = header.l1_table_offset, header.l1_size
+        if snapshot is not None:
+            self._l1_offset, self._l1_size = snapshot.l1_offset, snapshot.l1_size
+            if snapshot.disk_size is not None:
+                self.size = snapshot.disk_size // 512 * 512
+        self._file_size = storage.size()
+        self._preallocated: bool | None = None
+
+    def map(self, start: int, end: int) -> Granules | None:
+        """The allocated granules of ``[start, end)``, both multiples of the cluster size; None if there are none.
+
+        Raises:
+            OSError: a table cannot be read.
+        """
+        coverage = self.geometry.l2_coverage
+        found = []
+        first = start // coverage
+        for number, entry in enumerate(self._read_l1(first, -(-end // coverage)).tolist(), first):
+            if entry:
+                low, high = max(start, number * coverage), min(end, (number + 1) * coverage)
+                part = self._map_l2(entry & L1_OFFSET_MASK, low, high)
+                if len(part.index):
+                    found.append(part._replace(index=part.index + (low - start) // self.granule))
+        if not found:
+            return None
+        if len(found) == 1:
+            return found[0]
+        return Granules(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+    def _map_l2(self, l2_offset: int, start: int, end: int) -> Granules:
+        """Decode the part of one L2 table that maps ``[start, end)``."""
+        geometry = self.geometry
+        skip = (start % geometry.l2_coverage) >> geometry.cluster_bits
+        count = (end - start) >> geometry.cluster_bits
+        if l2_offset == 0:  # only flags and reserved bits were set
+            return decode_l2(b"", start, geometry)
+        if l2_offset % geometry.cluster_size or l2_offset >= self._file_size:
+            # QEMU reads a table past the end of the file as an empty one; that would show the guest a blank disk.
+            granules = (end - start) // self.granule
+            return Granules(
+                np.arange(granules),
+                np.full(granules, Kind.CORRUPT, dtype=np.uint8),
+                np.full(granules, l2_offset, dtype=np.uint64),
+            )
+        length = count * geometry.entry_size
+        table = self.storage.read(l2_offset + skip * geometry.entry_size, length)
+        return decode_l2(table.ljust(length, b"\0"), start, geometry)
+
+    def _read_l1(self, first: int, last: int) -> NDArray[np.uint64]:
+        """L1 entries ``[first, last)``; what lies past the table's end is unallocated (Q39, Q40)."""
+        count = max(0, min(last, self._l1_size) - first)
+        table = self.storage.read(self._l1_offset + first * 8, count * 8).ljust(count * 8, b"\0")
+        return np.frombuffer(table, dtype=">u8").astype(np.uint64)
+
+    def occupancy(self, start: int, end: int, step: int) -> NDArray[np.bool_]:
+        """For each ``step`` bytes of ``[start, end)``, all multiples of the cluster size: may anything be allocated?"""
+        coverage = self.geometry.l2_coverage
+        count = -(-(end - start) // step)
+        first, last = start // coverage, -(-end // coverage)
+        tables = np.zeros(last - first, dtype=bool)
+        entries = self._read_l1(first, last)
+        tables[: len(entries)] = entries != 0
+        if coverage >= step:
+            return np.repeat(tables, coverage // step)[(start % coverage) // step :][:count]
+        tables = np.pad(tables, (0, count * (step // coverage) - len(tables)))
+        return tables.reshape(count, step // coverage).any(axis=1)
+
+    def read_compressed(self, descriptor: int) -> bytes:
+        """Inflate the compressed cluster that ``descriptor`` names; ``cluster_size`` bytes.
+
+        Raises:
+            OSError: EIO if it does not inflate to exactly one cluster, or the file cannot be read.
+        """
+        offset, length = self.geometry.compressed_range(descriptor)
+        if offset >= self._file_size:
+            raise OSError(errno.EIO, f"compressed cluster at {offset} lies past the end of the file", self.path)
+        return inflate_cluster(self.header.compression_type, self.storage.read(offset, length), self.cluster_size)
+
+    @property
+    def metadata_preallocated(self) -> bool:
+        """Whether allocated clusters may be holes of the file (P5); looked up once, when first asked."""
+        if self._preallocated is None:
+            self._preallocated = is_metadata_preallocated(self.storage, self.header)
+        return self._preallocated
+
+    def close(self) -> None:
+        """Close the storages. Idempotent."""
+        self.storage.close()
+        self.data.close()

@@ -1,0 +1,45 @@
+"""The one question a reader asks of the refcounts: does the image look metadata-preallocated (P5)?
+
+QEMU compares how many host clusters are referenced with how much of the file is really allocated; when metadata
+promises much more than the file holds, block status looks for holes in the file too.
+"""
+
+import numpy as np
+
+from nbdq.qcow2.format import Header
+from nbdq.storage import FileStorage
+
+_BLOCK_OFFSET_MASK = np.uint64(0xFFFF_FFFF_FFFF_FE00)
+
+
+def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
+    """Whether referenced clusters exceed the file's real allocation by about a ninth, as QEMU judges it.
+
+    Reads refcount blocks only for a file that is sparse enough to be in question.
+    """
+    cluster_size = header.cluster_size
+    end_cluster = -(-storage.size() // cluster_size)
+    real_clusters = storage.allocated_size() // cluster_size
+    threshold = max(real_clusters * 10 // 9, real_clusters + 2)
+    if end_cluster < threshold:
+        return False
+    block_clusters = cluster_size * 8 >> header.refcount_order
+    blocks = min(header.refcount_table_clusters * cluster_size // 8, -(-end_cluster // block_clusters))
+    table = np.frombuffer(storage.read(header.refcount_table_offset, blocks * 8).ljust(blocks * 8, b"\0"), dtype=">u8")
+    referenced = 0
+    for number in np.flatnonzero(table & _BLOCK_OFFSET_MASK).tolist():
+        block = storage.read(int(table[number] & _BLOCK_OFFSET_MASK), cluster_size)
+        counts = _nonzero_counts(block, header.refcount_order)
+        referenced += int(np.count_nonzero(counts[: end_cluster - number * block_clusters]))
+        if referenced >= threshold:
+            return True
+    return False
+
+
+def _nonzero_counts(block: bytes, refcount_order: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Which entries of a refcount block are not zero; entries narrower than a byte start at its low end (Q26)."""
+    if refcount_order < 3:
+        bits = np.unpackbits(np.frombuffer(block, dtype=np.uint8), bitorder="little")
+        return bits.reshape(-1, 1 << refcount_order).any(axis=1)
+    width = 1 << refcount_order - 3
+    return np.frombuffer(block[: len(block) // width * width], dtype=f">u{width}") != 0

@@ -1,0 +1,137 @@
+"""One client from accept to close: drives the handshake, then hands the socket to a session.
+
+Owns the socket. Moves bytes and keeps time; decides nothing about the protocol.
+"""
+
+import logging
+import socket
+from collections.abc import Callable
+
+from nbdq.errors import ProtocolError
+from nbdq.nbd.handshake import Handshake
+from nbdq.nbd.transmission import Transmission
+from nbdq.server.export import Export, Exports
+from nbdq.server.output import Output
+from nbdq.server.session import Resources, Session
+
+_log = logging.getLogger(__name__)
+
+_RECEIVE_SIZE = 64 << 10
+
+
+class Connection:
+    """Loop thread only. Fully valid before its first byte is sent (R-03)."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        exports: Exports,
+        resources: Resources,
+        *,
+        on_negotiated: Callable[["Connection"], None],
+        on_close: Callable[["Connection"], None],
+    ) -> None:
+        """Take ownership of ``sock``; ``on_negotiated`` is called when transmission begins, ``on_close`` exactly once."""
+        self._peer = peer
+        self._socket = sock
+        self._exports = exports
+        self._resources = resources
+        self._on_negotiated = on_negotiated
+        self._on_close = on_close
+        self._handshake = Handshake(exports)
+        self._output = Output(sock)
+        self._session: Session | None = None
+        self._export: Export | None = None
+        self._closed = False
+        self._deadline = resources.loop.call_later(
+            resources.limits.handshake_seconds, self._close, "handshake took longer than its deadline"
+        )
+
+    def start(self) -> None:
+        """Say hello and listen to the client."""
+        self._resources.loop.add_reader(self._socket.fileno(), self._on_readable)
+        self._send([self._handshake.hello()])
+
+    def shut_down(self) -> None:
+        """End a negotiation now, a transmission when its accepted requests are answered."""
+        if self._session is not None:
+            self._session.shut_down()
+        else:
+            self._close("server shuts down")
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._close("server shuts down; drain time is over")
+
+    def _on_readable(self) -> None:
+        try:
+            data = self._socket.recv(_RECEIVE_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._close(str(error))
+            return
+        if not data:
+            self._close("client left during the handshake")
+            return
+        try:
+            replies = self._handshake.receive(data)
+        except ProtocolError as error:
+            self._close(str(error))
+            return
+        self._send(replies)
+
+    def _send(self, replies: list[bytes]) -> None:
+        for reply in replies:
+            self._output.append(memoryview(reply))
+        loop, descriptor = self._resources.loop, self._socket.fileno()
+        try:
+            drained = self._output.flush()
+        except OSError as error:
+            self._close(str(error))
+            return
+        if not drained:  # a client that does not read its replies is not read either
+            loop.remove_reader(descriptor)
+            loop.add_writer(descriptor, self._on_writable)
+        elif self._handshake.negotiated is not None:
+            self._begin_transmission()
+        elif self._handshake.finished:
+            self._close(self._handshake.reason)
+
+    def _on_writable(self) -> None:
+        loop, descriptor = self._resources.loop, self._socket.fileno()
+        loop.remove_writer(descriptor)
+        loop.add_reader(descriptor, self._on_readable)
+        self._send([])
+
+    def _begin_transmission(self) -> None:
+        negotiated = self._handshake.negotiated
+        assert negotiated is not None
+        self._deadline.cancel()
+        self._on_negotiated(self)
+        self._resources.loop.remove_reader(self._socket.fileno())
+        export = self._exports.by_name[negotiated.export.name]
+        export.connection_count += 1
+        self._export = export
+        _log.info("%s: export %r, contexts %s", self._peer, export.info.name, [name for _, name in negotiated.contexts])
+        self._session = Session(
+            self._socket, Transmission(negotiated), export.device, self._resources, on_end=self._close
+        )
+        self._session.start(bytes(self._handshake.leftover))
+
+    def _close(self, reason: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._deadline.cancel()
+        if self._export is not None:
+            self._export.connection_count -= 1
+        if self._session is None:
+            self._resources.loop.remove_reader(self._socket.fileno())
+            self._resources.loop.remove_writer(self._socket.fileno())
+        else:
+            self._session.abandon()
+        self._socket.close()
+        _log.log(logging.INFO if self._session else logging.DEBUG, "%s: closed: %s", self._peer, reason)
+        self._on_close(self)

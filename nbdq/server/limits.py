@@ -1,0 +1,33 @@
+"""Every limit and deadline of the server, with its reason. Sizes in bytes, times in seconds (``reliability.md`` 3.2)."""
+
+from dataclasses import dataclass
+
+#: Replies of one batch are assembled in an arena of this size.
+ARENA_SIZE = 512 << 10
+#: From this length on, file data goes to the socket by reference instead of through the arena.
+SENDFILE_LENGTH = 32 << 10
+#: Extents in one block status reply (P117 allows 2^20; clients cap lower).
+STATUS_EXTENTS = 64 << 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits that an operator may change."""
+
+    handshake_seconds: float = 10.0
+    """From accept to the transmission phase; not extended by progress (R-01)."""
+    pending_handshakes: int = 64
+    connections: int = 1024
+    """All connections of the process, those that still negotiate included."""
+    connection_bytes: int = 32 << 20
+    """Reply memory of requests in progress on one connection; a single larger request runs alone."""
+    process_bytes: int = 256 << 20
+    """The same for all connections together."""
+    inflated_bytes: int = 64 << 20
+    """Inflated clusters kept for all disks."""
+    drain_seconds: float = 30.0
+    """From SIGTERM until connections that are still busy are cut."""
+    reply_stall_seconds: float = 300.0
+    """A client that takes not one byte of a waiting reply for so long is cut."""
+    workers: int = 4
+    """Threads for everything that can wait for a disk or a decompressor."""

@@ -1,0 +1,165 @@
+"""Listening sockets: made with care, accepting without spinning, removed at the end."""
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+
+from nbdq.errors import ExportError, printable
+from nbdq.nbd.uri import tcp_uri, unix_uri
+
+_log = logging.getLogger(__name__)
+
+_BACKLOG = 128
+#: Pause after accept failed for want of descriptors or memory; without it the loop would spin (R-79).
+_ACCEPT_PAUSE_SECONDS = 1.0
+_SO_SNDBUFFORCE = 32
+#: Asked of the kernel for the send buffer of unix sockets, whose default holds less than one large reply.
+_UNIX_SEND_BUFFER = 2 << 20
+
+
+class Listener:
+    """A bound socket. Owns it, and a unix socket's file, until :meth:`close`."""
+
+    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self._path = path
+        self._inode = os.stat(path).st_ino if path else 0
+
+    def uri(self, export_name: str) -> str:
+        """Where a client finds an export through this listener (U1)."""
+        if self._path is not None:
+            return unix_uri(export_name, os.path.abspath(self._path))
+        host, port = self.socket.getsockname()[:2]
+        return tcp_uri(export_name, host, port)
+
+    def start(self, loop: asyncio.AbstractEventLoop, accept: Callable[[socket.socket, str], bool]) -> None:
+        """Accept clients; ``accept`` takes ownership of each socket, and answers whether it wants more for now."""
+        self._loop = loop
+        self._accept = accept
+        loop.add_reader(self.socket.fileno(), self._on_readable)
+
+    def pause(self) -> None:
+        """Accept nobody until :meth:`resume`."""
+        self._loop.remove_reader(self.socket.fileno())
+
+    def resume(self) -> None:
+        """Accept again, unless closed meanwhile."""
+        if self.socket.fileno() >= 0:
+            self._loop.add_reader(self.socket.fileno(), self._on_readable)
+
+    def _on_readable(self) -> None:
+        while True:
+            try:
+                sock, address = self.socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                _log.error("cannot accept a client: %s; trying again in %.0f s", error.strerror, _ACCEPT_PAUSE_SECONDS)
+                self.pause()
+                self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self.resume)
+                return
+            _prepare(sock)
+            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"unix:{sock.fileno()}"
+            if not self._accept(sock, peer):
+                return
+
+    def close(self) -> None:
+        """Stop listening; remove the socket file if it is still ours."""
+        if self.socket.fileno() >= 0:
+            if hasattr(self, "_loop"):
+                self._loop.remove_reader(self.socket.fileno())
+            self.socket.close()
+            if self._path is not None:
+                try:
+                    if os.stat(self._path).st_ino == self._inode:
+                        os.unlink(self._path)
+                except FileNotFoundError:
+                    pass
+
+
+def _prepare(sock: socket.socket) -> None:
+    """Options of an accepted socket: no delay, dead peers noticed, room for a large reply (nbd.md 4.3, item 9)."""
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_SEND_BUFFER)
+        except OSError:  # only a privileged process may exceed the system's limit
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def listen_unix(path: str, *, mode: int = 0o600) -> Listener:
+    """Listen on a unix socket that only ``mode`` may use, from its first moment (R-41).
+
+    A socket file that nobody listens on is replaced (R-42).
+
+    Raises:
+        ExportError: the path is taken or cannot be bound.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        before = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        sock.listen(_BACKLOG)
+        return Listener(sock, path)
+    except OSError as error:
+        sock.close()
+        raise ExportError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ExportError(f"cannot listen on {printable(path)}: the path exists and is not a socket; remove it")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise ExportError(f"cannot listen on {printable(path)}: another server listens there; stop it or choose a path")
+
+
+def listen_tcp(host: str, port: int) -> list[Listener]:
+    """Listen on every address of ``host``; port 0 lets the system choose.
+
+    Raises:
+        ExportError: the address cannot be resolved or bound.
+    """
+    listeners: list[Listener] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            sock = socket.socket(family, kind, protocol)
+            listeners.append(Listener(sock))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise ExportError(f"cannot listen on {printable(host)} port {port}: {error.strerror or error}") from None
+    return listeners

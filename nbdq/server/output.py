@@ -1,0 +1,72 @@
+"""What waits to be sent on one socket: buffers and pieces of files, in order, never copied.
+
+Knows the socket. Must not know NBD or disks. Every byte that waits is counted, so that the data path can stop in time.
+"""
+
+import socket
+from collections import deque
+from itertools import islice
+
+from nbdq.block import FilePiece
+
+#: The kernel takes no more buffers in one sendmsg (IOV_MAX is 1024).
+_BUFFERS_MAX = 512
+
+
+class Output:
+    """The unsent tail of one non-blocking socket. Buffers given to it must not change until they have left."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._pieces: deque[memoryview | FilePiece] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._pieces)
+
+    def append(self, piece: memoryview | FilePiece) -> None:
+        """Queue a buffer or a piece of a file; nothing is sent yet."""
+        self._pieces.append(piece)
+
+    def flush(self) -> bool:
+        """Send what the socket takes now; True when nothing waits any more.
+
+        Raises:
+            OSError: the connection is broken. EPIPE also when a file became shorter than a reply that has begun (P101).
+        """
+        pieces = self._pieces
+        while pieces:
+            try:
+                if isinstance(pieces[0], FilePiece):
+                    self._send_file(pieces[0])
+                else:
+                    self._send_buffers()
+            except BlockingIOError:
+                return False
+        return True
+
+    def _send_file(self, piece: FilePiece) -> None:
+        storage, offset, length = piece
+        count = storage.send(self._socket.fileno(), offset, length)
+        if count == 0:
+            raise BrokenPipeError(f"{storage.path}: file became shorter while it was being sent")
+        if count == length:
+            self._pieces.popleft()
+        else:
+            self._pieces[0] = FilePiece(storage, offset + count, length - count)
+
+    def _send_buffers(self) -> None:
+        buffers = []
+        flags = 0
+        for piece in islice(self._pieces, _BUFFERS_MAX):
+            if isinstance(piece, FilePiece):
+                flags = socket.MSG_MORE  # the header leaves together with the data behind it
+                break
+            buffers.append(piece)
+        count = self._socket.sendmsg(buffers, (), flags) if len(buffers) > 1 else self._socket.send(buffers[0], flags)
+        for buffer in buffers:
+            if count < len(buffer):
+                self._pieces[0] = buffer[count:]
+                return
+            count -= len(buffer)
+            self._pieces.popleft()
