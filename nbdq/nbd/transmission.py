@@ -46,7 +46,7 @@ _BLOCK_STATUS_CHUNK = struct.Struct(">IHHQII")
 _ERROR = struct.Struct(">IH")
 _OFFSET = struct.Struct(">Q")
 
-# Plain integers: comparing with an enum member costs the hot loop an attribute look-up each time.
+# Plain integers: an enum member costs the hot path an attribute look-up each time.
 _HEADER_SIZE = REQUEST.size
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
@@ -54,6 +54,8 @@ _DISC = int(Command.DISC)
 _FLUSH = int(Command.FLUSH)
 _WRITE_ZEROES = int(Command.WRITE_ZEROES)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
+_DONE = int(ChunkFlag.DONE)
+_OFFSET_DATA = int(ChunkType.OFFSET_DATA)
 
 
 class Refusal(NamedTuple):
@@ -241,6 +243,20 @@ def _flags_text(command: int, flags: int) -> str:
 def simple_reply(cookie: int, errno: Errno | None = None) -> bytes:
     """A simple reply; behind one to a READ that succeeded follows the data (P100)."""
     return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, errno or 0, cookie)
+
+
+def pack_simple_reply(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
+    """Write the header of a READ that succeeded into ``buffer``, for a client without structured replies."""
+    SIMPLE_REPLY.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+
+def pack_data_chunk(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
+    """Write the header of a READ that succeeded into ``buffer``, for a client with structured replies.
+
+    The chunk is the whole reply: ``length`` ≥ 1 bytes that can no longer fail (P114). Takes the same arguments as
+    :func:`pack_simple_reply`, so that the data path chooses once for each connection.
+    """
+    DATA_CHUNK.pack_into(buffer, position, CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, _OFFSET.size + length, offset)
 
 
 def none_chunk(cookie: int) -> bytes:
