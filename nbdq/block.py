@@ -55,25 +55,6 @@ class Granules(NamedTuple):
     """Host offset in bytes; for COMPRESSED the cluster descriptor."""
 
 
-class Layer(Protocol):
-    """One image of a chain, as the chain index sees it. Immutable while it is open, and safe to use from any thread."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def size(self) -> int:
-        """Guest bytes, a multiple of 512."""
-        ...
-
-    @property
-    def data(self) -> FileStorage:
-        """The file that host offsets of DATA point into."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class Extent(NamedTuple):
     """What a range of guest space is, seen through the whole chain: one line of ``qemu-img map`` (P1-P5)."""
 
@@ -89,8 +70,29 @@ class Extent(NamedTuple):
     """The file that ``offset`` points into."""
 
 
+class Status(NamedTuple):
+    """Contiguous block status as parallel arrays; the end of the last entry is ``end``."""
+
+    start: Offsets
+    kind: Kinds
+    depth: NDArray[np.uint16]
+    """0: allocated nowhere; 1: by the top layer; 2: by the one below it, and so on (P7)."""
+    end: int
+
+
+class FilePiece(NamedTuple):
+    """Bytes of a disk that lie in one place of a file."""
+
+    storage: FileStorage
+    offset: int
+    length: int
+
+
 class BlockDevice(Protocol):
-    """A disk. Offset first, then length or data; synchronous; safe to call from any thread; failures are ``OSError``."""
+    """A disk. Offset first, then length or data; safe to call from any thread; failures are ``OSError``.
+
+    Ranges must lie inside the disk. ``view`` always stays the caller's; after a failure its bytes are undefined.
+    """
 
     @property
     def size(self) -> int:
@@ -98,15 +100,31 @@ class BlockDevice(Protocol):
         ...
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill ``view``, which the caller owns, from ``offset``; the range must lie inside the disk.
+        """Fill ``view`` from ``offset``; may wait for a disk and inflate.
 
         Raises:
-            OSError: EIO where metadata is corrupt or the medium fails; ``view`` is then undefined.
+            OSError: EIO where metadata is corrupt or the medium fails.
         """
         ...
 
-    def extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Contiguous extents that cover exactly the range, neighbours that differ in nothing already merged."""
+    def read_cached(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""
+        ...
+
+    def locate_cached(self, offset: int, length: int) -> list[FilePiece] | None:
+        """Where the range lies in files, if all of it does and is in the page cache; never waits."""
+        ...
+
+    def status_cached(self, offset: int, length: int) -> bool:
+        """Whether :meth:`status` can answer for the range from memory."""
+        ...
+
+    def status(self, offset: int, length: int) -> Iterator[Status]:
+        """Block status of the range, in ascending chunks that together cover it exactly."""
+        ...
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Bring the range nearer, as far as that is cheap. A hint."""
         ...
 
     def close(self) -> None: ...

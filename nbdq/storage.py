@@ -85,10 +85,7 @@ class FileStorage:
     def is_cached(self, offset: int, length: int) -> bool:
         """Whether ``length`` bytes at ``offset`` very probably are in the page cache."""
         last = offset + length - 1
-        for position in (*range(offset, last, _PROBE_STRIDE), last):
-            if not self.read_cached(position, self._probe):
-                return False
-        return True
+        return all(self.read_cached(position, self._probe) for position in (*range(offset, last, _PROBE_STRIDE), last))
 
     def send(self, socket_descriptor: int, offset: int, length: int) -> int:
         """Send file bytes to a socket by reference; return how many the socket took.
