@@ -43,6 +43,7 @@ MAXIMUM_CONTEXTS = 16
 
 _HELLO = struct.pack(">QQH", NBDMAGIC, IHAVEOPT, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 _CLIENT_FLAGS = struct.Struct(">I")
+_CLIENT_FLAGS_OFFERED = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)  # the inverse of an IntFlag lacks bits
 _OPTION = struct.Struct(">QII")
 
 
@@ -197,7 +198,7 @@ class Handshake:
 
     def _converse(self) -> Generator[None]:
         (flags,) = _CLIENT_FLAGS.unpack((yield from self._take(_CLIENT_FLAGS.size)))
-        if flags & ~(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES):
+        if flags & ~_CLIENT_FLAGS_OFFERED:
             raise ProtocolError(f"client flags {flags:#x} include one that was not offered")
         self._fixed = bool(flags & ClientFlag.FIXED_NEWSTYLE)
         self._padded = not flags & ClientFlag.NO_ZEROES

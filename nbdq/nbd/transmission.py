@@ -228,11 +228,11 @@ def _refused_commands(negotiated: Negotiated) -> dict[int, Refusal]:
 
 def _refused_flags(advertised: TransmissionFlag) -> dict[int, int]:
     """For every command, the 16 flag bits that are unknown, do not apply or were not advertised (P83)."""
-    offered = ~CommandFlag(0)
+    withheld = CommandFlag(0)
     for command_flag, transmission_flag in _ADVERTISED_BY.items():
         if transmission_flag not in advertised:
-            offered &= ~command_flag
-    return {command: 0xFFFF & ~int(rule.flags & offered) for command, rule in _RULES.items()}
+            withheld |= command_flag
+    return {command: 0xFFFF ^ int(rule.flags & ~withheld) for command, rule in _RULES.items()}
 
 
 def _flags_text(command: int, flags: int) -> str:
