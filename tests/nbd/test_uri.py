@@ -1,0 +1,50 @@
+"""URIs that other people's clients understand (U1)."""
+
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from nbdq.nbd.uri import tcp_uri, unix_uri
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "port", "uri"),
+    [
+        ("", "localhost", 10809, "nbd://localhost/"),
+        ("disk", "127.0.0.1", 10809, "nbd://127.0.0.1/disk"),
+        ("disk", "127.0.0.1", 10810, "nbd://127.0.0.1:10810/disk"),
+        ("disk", "::1", 10809, "nbd://[::1]/disk"),
+        ("disk", "fe80::1%eth0", 1, "nbd://[fe80::1%25eth0]:1/disk"),
+        ("/disk", "h", 10809, "nbd://h//disk"),
+        ("a/b c?d#e%f&g", "h", 10809, "nbd://h/a/b%20c%3Fd%23e%25f%26g"),
+        ("ü", "h", 10809, "nbd://h/%C3%BC"),
+    ],
+)
+def test_a_tcp_export_has_the_uri_that_clients_dial(name: str, host: str, port: int, uri: str) -> None:
+    assert tcp_uri(name, host, port) == uri
+
+
+def test_the_default_port_need_not_be_said() -> None:
+    assert tcp_uri("disk", "h") == "nbd://h/disk"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "uri"),
+    [
+        ("", "/run/nbd.sock", "nbd+unix:///?socket=/run/nbd.sock"),
+        ("disk", "/run/nbd.sock", "nbd+unix:///disk?socket=/run/nbd.sock"),
+        ("/disk", "/s", "nbd+unix:////disk?socket=/s"),
+        ("disk", "/a b&c=d+e%f#g?h", "nbd+unix:///disk?socket=/a%20b%26c%3Dd%2Be%25f%23g%3Fh"),
+        ("disk", "\0abstract", "nbd+unix:///disk?socket=%00abstract"),
+        ("disk", "/bad\udcff", "nbd+unix:///disk?socket=/bad%FF"),
+    ],
+)
+def test_an_export_on_a_unix_socket_has_the_uri_that_clients_dial(name: str, path: str, uri: str) -> None:
+    assert unix_uri(name, path) == uri
+
+
+@pytest.mark.parametrize("name", ["", "disk", "/x", "//", "a?b", "a#b", "%41", "ü/é", "a b+c", ";=@:"])
+def test_a_client_that_takes_the_uri_apart_finds_the_same_name_and_socket(name: str) -> None:
+    parts = urlsplit(unix_uri(name, f"/dir/{name}.sock"))
+    assert unquote(parts.path.removeprefix("/")) == name
+    assert parse_qs(parts.query) == {"socket": [f"/dir/{name}.sock"]}
