@@ -12,7 +12,7 @@ from enum import IntEnum
 from construct import Aligned, Bytes, GreedyBytes, Int8ub, Int32ub, Int64ub, Prefixed, Struct
 
 from nbdq.errors import InvalidImage, UnsupportedImage, printable
-from nbdq.qcow2.features import FEATURE_NAMES, Autoclear, CryptMethod, Incompatible
+from nbdq.qcow2.features import FEATURE_NAMES, Autoclear, CryptMethod
 
 #: QEMU's limits (R-24).
 MAX_BITMAPS = 65535
@@ -127,7 +127,7 @@ def parse_extensions(
     )
 
 
-def unsupported_features(path: str, unknown: Incompatible, area: bytes) -> UnsupportedImage:
+def unsupported_features(path: str, unknown: int, area: bytes) -> UnsupportedImage:
     """The error for incompatible bits that nbdq does not know, named by the image's own table if it has one (Q13)."""
     names: dict[int, bytes] = {}
     with suppress(InvalidImage):  # the bits are the news, not a damaged extension

@@ -99,9 +99,10 @@ def parse_fields(path: str, fixed: bytes) -> Any:
 
 def check_features(path: str, fields: Any, area: bytes) -> None:
     """Feature bits and the fields that depend on them (V8, V9, V11-V13)."""
-    incompatible = Incompatible(fields.incompatible_features)
-    if unknown := incompatible & ~KNOWN_INCOMPATIBLE:
+    # As integers: the complement of a flag set has the known bits only.
+    if unknown := fields.incompatible_features & ~int(KNOWN_INCOMPATIBLE):
         raise unsupported_features(path, unknown, area)
+    incompatible = Incompatible(fields.incompatible_features)
     if fields.compression_type not in iter(CompressionType):
         raise UnsupportedImage(
             path, f"compression_type is {fields.compression_type}, unknown to nbdq", "convert the image with qemu-img"

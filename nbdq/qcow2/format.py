@@ -7,6 +7,7 @@ ones that QEMU lacks (HARD list). Snapshots and bitmaps have tables of their own
 import errno
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from nbdq.errors import CorruptImage, InvalidImage, UnsupportedImage
@@ -285,7 +286,7 @@ def _check_placement(path: str, header: Header, *, file_size: int) -> list[str]:
                 path, f"{name} at {offset:#x} ends at {offset + length:#x}, after the file ({file_size:#x})", _TRUNCATED
             )
         areas.append((offset, length, name))
-    areas.sort()
+    areas.sort(key=itemgetter(0))
     overlaps = []
     for (offset, length, name), (next_offset, _, next_name) in pairwise(areas):
         if offset + length > next_offset:
