@@ -42,7 +42,8 @@ class BitmapFlags(IntFlag):
     """Must track all writes (Q70)."""
 
 
-_KNOWN_FLAGS = BitmapFlags.IN_USE | BitmapFlags.AUTO
+#: An integer, whose complement has the unknown bits.
+_KNOWN_FLAGS = int(BitmapFlags.IN_USE | BitmapFlags.AUTO)
 
 
 @dataclass(frozen=True)
