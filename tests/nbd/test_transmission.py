@@ -1,0 +1,474 @@
+"""The transmission phase: requests out of a byte stream, reasons to refuse them, and the bytes of replies."""
+
+import errno as system_errno
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+import pytest
+
+from nbdq.errors import ProtocolError
+from nbdq.nbd import transmission as wire
+from nbdq.nbd.constants import Errno, TransmissionFlag
+from nbdq.nbd.handshake import ExportInfo, Negotiated
+from nbdq.nbd.transmission import BUFFER_SIZE, RawRequest, Transmission, wire_errno
+from tests.nbd.wire import request
+
+MAGIC = 0x25609513
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(16, 22))
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 100 * MIB
+
+EVERYTHING = TransmissionFlag(0xD6D)  # what qemu-nbd says of a writable export (P70)
+READ_ONLY = TransmissionFlag(0x50F)  # … and of a read-only one
+
+
+def begin(
+    flags: TransmissionFlag = EVERYTHING, *, structured: bool = True, size: int = SIZE, minimum_block: int = 1
+) -> Transmission:
+    export = ExportInfo("disk", size, flags, minimum_block=minimum_block, contexts=("base:allocation",))
+    return Transmission(Negotiated(export, structured, ((0, "base:allocation"),) if structured else ()))
+
+
+def receive_each(transmission: Transmission, data: bytes) -> Iterator[list[RawRequest]]:
+    """What a shell gets that receives ``data``, in pieces only where the buffer is too small."""
+    while data:
+        view = transmission.buffer()
+        count = min(len(view), len(data))
+        view[:count] = data[:count]
+        data = data[count:]
+        yield transmission.received(count)
+
+
+def receive(transmission: Transmission, data: bytes) -> list[RawRequest]:
+    return [request for requests in receive_each(transmission, data) for request in requests]
+
+
+def receive_in(pieces: Iterable[bytes]) -> tuple[list[RawRequest], bool, str]:
+    """All that is visible of a stream: the requests, whether the client disconnected, and why it failed."""
+    transmission = begin()
+    requests: list[RawRequest] = []
+    with suppress(ProtocolError):
+        for piece in pieces:
+            for each in receive_each(transmission, piece):
+                requests += each
+    return requests, transmission.disconnected, str(transmission.failure or "")
+
+
+TRAILING = b"\x25\x60"
+
+
+def receive_three_ways(data: bytes) -> tuple[list[RawRequest], bool, str]:
+    """Whole, byte by byte, and with the start of a further request behind it (P5)."""
+    whole = receive_in([data])
+    assert receive_in(data[i : i + 1] for i in range(len(data))) == whole
+    assert receive_in([data + TRAILING]) == whole
+    return whole
+
+
+# Requests.
+
+
+def test_a_request_is_taken_apart_as_the_specification_says() -> None:
+    """P80."""
+    data = b"\x25\x60\x95\x13\0\x08\0\7\x11\x12\x13\x14\x15\x16\x17\x18\x21\x22\x23\x24\x25\x26\x27\x28\x31\x32\x33\x34"
+    requests, disconnected, failure = receive_three_ways(data)
+    assert requests == [(MAGIC, REQ_ONE | BLOCK_STATUS, 0x1112131415161718, 0x2122232425262728, 0x31323334)]
+    assert not disconnected
+    assert not failure
+
+
+def test_every_complete_request_of_a_batch_is_returned_in_order() -> None:
+    """P81: cookies are opaque, and may even repeat."""
+    cookies = [0, 2**64 - 1, 7, 7, 1 << 63]
+    data = b"".join(request(READ, cookie, 4096 * i, i) for i, cookie in enumerate(cookies))
+    requests, _, _ = receive_three_ways(data)
+    assert requests == [(MAGIC, READ, cookie, 4096 * i, i) for i, cookie in enumerate(cookies)]
+
+
+def test_a_plain_read_is_operation_zero() -> None:
+    (only,) = receive(begin(), request(0))
+    assert only[1] == 0
+
+
+def test_an_incomplete_header_waits_for_the_rest() -> None:
+    transmission = begin()
+    data = request(READ, 1) + request(READ, 2)
+    assert receive(transmission, data[:40]) == [(MAGIC, READ, 1, 0, 0)]
+    assert len(transmission.buffer()) == BUFFER_SIZE - 12
+    assert receive(transmission, data[40:55]) == []
+    assert receive(transmission, data[55:]) == [(MAGIC, READ, 2, 0, 0)]
+    assert len(transmission.buffer()) == BUFFER_SIZE
+
+
+def test_a_buffer_full_of_requests_loses_none() -> None:
+    data = b"".join(request(READ, i) for i in range(2 * BUFFER_SIZE // 28))
+    assert [each[2] for each in receive(begin(), data)] == list(range(2 * BUFFER_SIZE // 28))
+
+
+def test_unknown_commands_have_no_payload() -> None:
+    """P82; PAYLOAD_LEN means nothing here either (P123)."""
+    data = request(8, 1, 0, 100) + request(PAYLOAD_LEN | READ, 2, 0, 100) + request(0xFFFFFFFF, 3, 0, 100)
+    requests, _, failure = receive_three_ways(data)
+    assert [each[1:3] for each in requests] == [(8, 1), (PAYLOAD_LEN, 2), (0xFFFFFFFF, 3)]
+    assert not failure
+
+
+# Payloads of writes that are refused.
+
+
+@pytest.mark.parametrize("length", [0, 1, 27, 28, 29, 512, 1000])
+@pytest.mark.parametrize("flags", [0, FUA, 0xFFFF0000])
+def test_the_payload_of_a_write_is_consumed_and_sync_is_kept(length: int, flags: int) -> None:
+    """P84: even if it looks like requests, and whatever the flags."""
+    payload = (request(READ, 99) * 40)[:length]
+    requests, _, failure = receive_three_ways(request(WRITE | flags, 1, 0, length) + payload + request(READ, 2))
+    assert [each[2] for each in requests] == [1, 2]
+    assert not failure
+
+
+def test_a_write_is_returned_before_its_payload_has_come() -> None:
+    transmission = begin()
+    assert receive(transmission, request(WRITE, 1, 0, MIB)) == [(MAGIC, WRITE, 1, 0, MIB)]
+    assert receive(transmission, bytes(MIB - 1)) == []
+    assert receive(transmission, b"\0" + request(READ, 2)) == [(MAGIC, READ, 2, 0, 0)]
+
+
+@pytest.mark.parametrize("length", [BUFFER_SIZE - 28, BUFFER_SIZE - 27, BUFFER_SIZE, 3 * BUFFER_SIZE - 28, 700_001])
+def test_a_payload_that_ends_anywhere_in_the_buffer_is_consumed(length: int) -> None:
+    data = request(WRITE, 1, 0, length) + bytes(length) + request(READ, 2) + request(WRITE, 3, 0, 5) + bytes(5)
+    assert [each[2] for each in receive(begin(), data + request(READ, 4))] == [1, 2, 3, 4]
+
+
+def test_the_largest_write_is_consumed_and_a_larger_one_ends_the_connection() -> None:
+    """P85, W4."""
+    transmission = begin()
+    assert len(receive(transmission, request(WRITE, 1, 0, 64 * MIB))) == 1
+    for _ in range(256):
+        assert receive(transmission, bytes(256 * KIB)) == []
+    assert len(receive(transmission, request(READ, 2))) == 1
+    with pytest.raises(ProtocolError, match="67108865"):
+        receive(transmission, request(WRITE, 3, 0, 64 * MIB + 1))
+
+
+@pytest.mark.parametrize("length", [64 * MIB + 1, 2**31, 2**32 - 1])
+def test_a_write_too_long_to_consume_comes_after_what_is_before_it(length: int) -> None:
+    """P85, P141."""
+    requests, _, failure = receive_three_ways(request(READ, 1) + request(WRITE, 2, 0, length) + request(READ, 3))
+    assert [each[2] for each in requests] == [1]
+    assert str(length) in failure
+
+
+# Lost sync and disconnection.
+
+
+@pytest.mark.parametrize("magic", [b"\x25\x60\x95\x14", b"\x12\x56\x09\x53", b"\x21\xe4\x1c\x71", b"\0\0\0\0"])
+def test_a_wrong_magic_ends_the_connection_after_what_is_before_it(magic: bytes) -> None:
+    """P80, P141."""
+    requests, _, failure = receive_three_ways(request(READ, 1) + magic + bytes(24) + request(READ, 2))
+    assert [each[2] for each in requests] == [1]
+    assert magic.hex() in failure
+
+
+def test_a_failure_is_raised_once_nothing_is_left_to_return() -> None:
+    transmission = begin()
+    assert len(receive(transmission, request(READ) + bytes(28))) == 1
+    assert transmission.failure is not None
+    assert len(transmission.buffer()) == BUFFER_SIZE
+    for data in (b"x", request(READ)):
+        with pytest.raises(ProtocolError):
+            receive(transmission, data)
+
+
+def test_a_failure_with_nothing_before_it_is_raised_at_once() -> None:
+    with pytest.raises(ProtocolError):
+        receive(begin(), bytes(28))
+
+
+def test_nothing_is_returned_after_a_client_disconnected() -> None:
+    """P93: DISC itself is no request, what follows is ignored, and its offset and length mean nothing."""
+    data = request(READ, 1) + request(FUA | DISC, 2, 5, 5) + request(READ, 3) + bytes(28)
+    requests, disconnected, failure = receive_three_ways(data)
+    assert [each[2] for each in requests] == [1]
+    assert disconnected
+    assert not failure
+
+
+def test_a_disconnected_client_may_go_on_sending() -> None:
+    transmission = begin()
+    receive(transmission, request(DISC))
+    for _ in range(3):
+        assert receive(transmission, bytes(BUFFER_SIZE)) == []
+
+
+# Refusals.
+
+
+def refused(transmission: Transmission, operation: int, offset: int, length: int) -> int:
+    """The errno of a refusal, 0 for none; every refusal says why, in one line."""
+    refusal = transmission.refusal(operation, offset, length)
+    if refusal is None:
+        return 0
+    assert refusal.text.isprintable()
+    assert len(refusal.text) > 10
+    return refusal.errno
+
+
+EPERM, EINVAL, ENOSPC = 1, 22, 28
+
+
+@pytest.mark.parametrize("command", [READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS])
+@pytest.mark.parametrize("flag", [0, FUA])
+def test_a_command_that_is_offered_is_carried_out_with_and_without_fua(command: int, flag: int) -> None:
+    """P82, P83: FUA goes with every command."""
+    assert refused(begin(), command | flag, 0, 4096) == 0
+
+
+@pytest.mark.parametrize("command", [DISC, 8, 9, 255, 0xFFFF])
+def test_an_unknown_command_is_invalid(command: int) -> None:
+    """P82."""
+    assert refused(begin(), command, 0, 0) == EINVAL
+    assert refused(begin(READ_ONLY), command, SIZE, SIZE) == EINVAL
+
+
+@pytest.mark.parametrize(
+    ("command", "allowed"),
+    [
+        (READ, FUA | DF),
+        (WRITE, FUA),
+        (FLUSH, FUA),
+        (TRIM, FUA),
+        (CACHE, FUA),
+        (WRITE_ZEROES, FUA | NO_HOLE | FAST_ZERO),
+        (BLOCK_STATUS, FUA | REQ_ONE),
+    ],
+)
+def test_a_flag_is_taken_exactly_where_it_applies(command: int, allowed: int) -> None:
+    """P83, P123: all sixteen flags, one by one and together."""
+    transmission = begin()
+    for bit in range(16, 32):
+        expected = 0 if allowed & 1 << bit else EINVAL
+        assert refused(transmission, command | 1 << bit, 0, 512) == expected, hex(1 << bit)
+    assert refused(transmission, command | allowed, 0, 512) == 0
+    assert refused(transmission, command | 0xFFFF0000, 0, 512) == EINVAL
+
+
+@pytest.mark.parametrize(
+    ("operation", "needs"),
+    [
+        (FLUSH, TransmissionFlag.SEND_FLUSH),
+        (TRIM, TransmissionFlag.SEND_TRIM),
+        (CACHE, TransmissionFlag.SEND_CACHE),
+        (WRITE_ZEROES, TransmissionFlag.SEND_WRITE_ZEROES),
+        (WRITE_ZEROES | FAST_ZERO, TransmissionFlag.SEND_FAST_ZERO),
+        (READ | FUA, TransmissionFlag.SEND_FUA),
+        (WRITE | FUA, TransmissionFlag.SEND_FUA),
+        (FLUSH | FUA, TransmissionFlag.SEND_FUA),
+    ],
+)
+def test_what_was_not_advertised_is_invalid(operation: int, needs: TransmissionFlag) -> None:
+    """P83: nbdkit 1.32.5 dies of an unadvertised FAST_ZERO."""
+    everything = EVERYTHING | TransmissionFlag.SEND_CACHE
+    assert refused(begin(everything), operation, 0, 512) == 0
+    assert refused(begin(everything & ~needs), operation, 0, 512) == EINVAL
+
+
+def test_df_needs_structured_replies() -> None:
+    """P83, P115."""
+    assert refused(begin(structured=True), DF | READ, 0, 512) == 0
+    assert refused(begin(structured=False), DF | READ, 0, 512) == EINVAL
+
+
+def test_block_status_needs_a_selected_context() -> None:
+    """P43, P117."""
+    assert refused(begin(structured=True), BLOCK_STATUS, 0, 512) == 0
+    assert refused(begin(structured=False), BLOCK_STATUS, 0, 512) == EINVAL
+
+
+@pytest.mark.parametrize("command", [WRITE, TRIM, WRITE_ZEROES])
+def test_a_read_only_export_forbids_every_change_before_it_looks_closer(command: int) -> None:
+    """P87: read-only comes before flags, and these before bounds."""
+    for flags in (READ_ONLY, EVERYTHING | TransmissionFlag.READ_ONLY):
+        assert refused(begin(flags), command, 0, 512) == EPERM
+        assert refused(begin(flags), command | 0xFFFF0000, 0, 512) == EPERM
+        assert refused(begin(flags), command, SIZE, 2**32 - 1) == EPERM
+    assert refused(begin(), command | 0xFFFF0000, SIZE, 512) == EINVAL
+
+
+@pytest.mark.parametrize("command", [READ, FLUSH, CACHE, BLOCK_STATUS])
+def test_a_read_only_export_still_takes_what_changes_nothing(command: int) -> None:
+    """P70."""
+    assert refused(begin(READ_ONLY), command, 0, 512) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "beyond"),
+    [(READ, EINVAL), (WRITE, ENOSPC), (TRIM, EINVAL), (CACHE, EINVAL), (WRITE_ZEROES, ENOSPC), (BLOCK_STATUS, EINVAL)],
+)
+def test_no_request_reaches_past_the_end(command: int, beyond: int) -> None:
+    """P87: in more than 64 bits, so that nothing wraps around."""
+    transmission = begin()
+    for offset, length in [(0, 1), (SIZE - 1, 1), (SIZE - 4096, 4096)]:
+        assert refused(transmission, command, offset, length) == 0
+    for offset, length in [
+        (SIZE, 1),
+        (SIZE - 1, 2),
+        (SIZE - 4096, 4097),
+        (2**32, 1),
+        (2**63, 1),
+        (2**64 - 1, 1),
+        (2**64 - 512, 1024),
+        (2**64 - 1, 2**32 - 1),
+    ]:
+        assert refused(transmission, command, offset, length) == beyond, (offset, length)
+
+
+def test_flush_has_neither_offset_nor_length() -> None:
+    """P91: both kinds of clients are out there."""
+    assert refused(begin(), FLUSH, 2**64 - 1, 2**32 - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [(READ, 0), (WRITE, 0), (TRIM, 0), (CACHE, 0), (WRITE_ZEROES, 0), (FLUSH, 0), (BLOCK_STATUS, EINVAL)],
+)
+def test_a_length_of_zero_succeeds_but_has_no_status(command: int, expected: int) -> None:
+    """P86, W4."""
+    assert refused(begin(), command, 0, 0) == expected
+    assert refused(begin(), command, SIZE, 0) == expected
+    assert refused(begin(size=0), command, 0, 0) == expected
+
+
+def test_payloads_are_limited_and_other_lengths_are_not() -> None:
+    """P85, P96, P97, P128, W4."""
+    transmission = begin(size=2**40)
+    for command in (READ, WRITE):
+        assert refused(transmission, command, 0, 32 * MIB) == 0
+        assert refused(transmission, command, 0, 32 * MIB + 1) == EINVAL
+    for command in (TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS):
+        assert refused(transmission, command, 0, 2**32 - 1) == 0
+
+
+@pytest.mark.parametrize("command", [READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS])
+def test_a_request_that_is_not_aligned_to_the_minimum_block_is_invalid(command: int) -> None:
+    """P88."""
+    transmission = begin(minimum_block=512)
+    assert refused(transmission, command, 512, 1024) == 0
+    for offset, length in [(1, 512), (512, 513), (511, 1), (256, 256)]:
+        assert refused(transmission, command, offset, length) == EINVAL
+    assert refused(transmission, FLUSH, 1, 1) == 0
+
+
+def test_a_refused_flag_is_named() -> None:
+    for operation, name in [(DF | WRITE, "DF"), (FAST_ZERO | FUA | READ, "FAST_ZERO"), (1 << 31 | READ, "0x8000")]:
+        refusal = begin().refusal(operation, 0, 512)
+        assert refusal is not None
+        assert name in refusal.text
+
+
+# Replies.
+
+COOKIE = 0x1112131415161718
+COOKIE_BYTES = b"\x11\x12\x13\x14\x15\x16\x17\x18"
+
+
+def test_simple_replies_are_the_bytes_of_the_specification() -> None:
+    """P100."""
+    assert wire.simple_reply(COOKIE) == b"\x67\x44\x66\x98\0\0\0\0" + COOKIE_BYTES
+    assert wire.simple_reply(COOKIE, Errno.ESHUTDOWN) == b"\x67\x44\x66\x98\0\0\0\x6c" + COOKIE_BYTES
+
+
+def test_chunks_are_the_bytes_of_the_specification() -> None:
+    """P110, P111."""
+    magic = b"\x66\x8e\x33\xef"
+    assert wire.none_chunk(COOKIE) == magic + b"\0\1\0\0" + COOKIE_BYTES + b"\0\0\0\0"
+    assert wire.data_chunk(COOKIE, 0x0A0B0C0D0E0F, 4096, done=True) == (
+        magic + b"\0\1\0\1" + COOKIE_BYTES + b"\0\0\x10\x08\0\0\x0a\x0b\x0c\x0d\x0e\x0f"
+    )
+    assert wire.data_chunk(COOKIE, 1, 1, done=False)[4:8] == b"\0\0\0\1"
+    assert wire.hole_chunk(COOKIE, 512, 2**32 - 1, done=False) == (
+        magic + b"\0\0\0\2" + COOKIE_BYTES + b"\0\0\0\x0c\0\0\0\0\0\0\2\0\xff\xff\xff\xff"
+    )
+    assert wire.hole_chunk(COOKIE, 512, 1, done=True)[4:8] == b"\0\1\0\2"
+    assert wire.block_status_chunk(COOKIE, context_id=3, payload_length=16, done=True) == (
+        magic + b"\0\1\0\5" + COOKIE_BYTES + b"\0\0\0\x14\0\0\0\3"
+    )
+    assert wire.block_status_chunk(COOKIE, context_id=3, payload_length=8, done=False)[4:8] == b"\0\0\0\5"
+    assert wire.error_chunk(COOKIE, Errno.EIO, "né") == (
+        magic + b"\0\1\x80\1" + COOKIE_BYTES + b"\0\0\0\x09\0\0\0\5\0\3n\xc3\xa9"
+    )
+    assert wire.error_chunk(COOKIE, Errno.EIO, "", offset=512) == (
+        magic + b"\0\1\x80\2" + COOKIE_BYTES + b"\0\0\0\x0e\0\0\0\5\0\0\0\0\0\0\0\0\2\0"
+    )
+
+
+def test_headers_of_reads_are_written_where_the_data_follows() -> None:
+    """P100, P111, P114."""
+    buffer = bytearray(b"." * 40)
+    wire.pack_simple_reply(buffer, 2, COOKIE, 512, 4096)
+    assert buffer == b".." + b"\x67\x44\x66\x98\0\0\0\0" + COOKIE_BYTES + b"." * 22
+    buffer = bytearray(b"." * 32)
+    wire.pack_data_chunk(buffer, 2, COOKIE, 512, 4096)
+    assert buffer == b"..\x66\x8e\x33\xef\0\1\0\1" + COOKIE_BYTES + b"\0\0\x10\x08\0\0\0\0\0\0\2\0.."
+
+
+@pytest.mark.parametrize("text", ["x" * 10000, "é" * 3000, "💾" * 5000])
+def test_the_text_of_an_error_is_cut_to_what_the_protocol_permits(text: str) -> None:
+    """P121, R-06."""
+    chunk = wire.error_chunk(COOKIE, Errno.EIO, text)
+    length = int.from_bytes(chunk[16:20], "big")
+    message = int.from_bytes(chunk[24:26], "big")
+    assert len(chunk) == 20 + length
+    assert length == 6 + message
+    assert 4000 < message <= 4096
+    assert text.startswith(chunk[26:].decode())
+
+
+def test_a_client_with_structured_replies_gets_nothing_else() -> None:
+    """P102, P86: a READ of no bytes ends in NONE, for an empty data chunk is an error to QEMU's client."""
+    transmission = begin(structured=True)
+    assert transmission.success_reply(1) == b"\x66\x8e\x33\xef\0\1\0\0\0\0\0\0\0\0\0\1\0\0\0\0"
+    assert transmission.error_reply(1, Errno.EPERM, "no") == (
+        b"\x66\x8e\x33\xef\0\1\x80\1\0\0\0\0\0\0\0\1\0\0\0\x08\0\0\0\1\0\2no"
+    )
+
+
+def test_a_client_without_structured_replies_gets_simple_ones() -> None:
+    """P100, P102, K1."""
+    transmission = begin(structured=False)
+    assert transmission.success_reply(1) == b"\x67\x44\x66\x98\0\0\0\0\0\0\0\0\0\0\0\1"
+    assert transmission.error_reply(1, Errno.EPERM, "no") == b"\x67\x44\x66\x98\0\0\0\1\0\0\0\0\0\0\0\1"
+
+
+# Errors of the operating system.
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        ("EPERM", 1),
+        ("EACCES", 1),
+        ("EROFS", 1),
+        ("EINVAL", 22),
+        ("EOPNOTSUPP", 22),
+        ("ENOSPC", 28),
+        ("EDQUOT", 28),
+        ("EFBIG", 28),
+        ("ESHUTDOWN", 108),
+        ("EIO", 5),
+        ("ENOMEM", 5),
+        ("EOVERFLOW", 5),
+        ("ENOENT", 5),
+        ("ESTALE", 5),
+        ("EAGAIN", 5),
+    ],
+)
+def test_an_error_of_the_system_has_one_number_on_the_wire(number: str, expected: int) -> None:
+    """P98."""
+    error = OSError(getattr(system_errno, number), "why")
+    assert wire_errno(error) == expected
+    assert wire_errno(error, fast_zero=True) == (95 if number == "EOPNOTSUPP" else expected)
+
+
+def test_an_error_without_a_number_is_an_input_output_error() -> None:
+    assert wire_errno(OSError("why")) == 5
