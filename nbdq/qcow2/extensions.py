@@ -176,14 +176,14 @@ def _split(path: str, area: bytes) -> Iterator[tuple[int, bytes]]:
             return
         head = _EXTENSION_HEAD.parse(area[position : position + 8])
         position += 8
-        if head.type == ExtensionType.END:
-            return
         if head.length > len(area) - position:
             raise InvalidImage(
                 path,
                 f"header extension {head.type:#x} has length {head.length}, but {len(area) - position} bytes are left",
                 DAMAGED_HEADER,
             )
+        if head.type == ExtensionType.END:
+            return
         yield head.type, area[position : position + head.length]
         position += -(-head.length // 8) * 8
     raise InvalidImage(path, f"more than {MAX_EXTENSIONS} header extensions", DAMAGED_HEADER)

@@ -121,7 +121,7 @@ def read_header(storage: FileStorage, *, describe: bool = False) -> Header:
     """Read and check the header in two reads of at most one cluster. Keeps no reference to ``storage``.
 
     With ``describe`` the header is wanted for its own sake, not to read guest data: an encrypted image and one whose
-    data file is not named are then accepted too.
+    data file cannot be told are then accepted too, as by ``qemu-img info``.
 
     Raises:
         InvalidImage: not QCOW2, or a field holds an impossible value.
@@ -245,10 +245,10 @@ def _backing_name(path: str, fields: Any, head: bytes) -> str | None:
 
 def _check_references(path: str, header: Header, *, describe: bool) -> None:
     """Data file and encryption (V21, V22, Q17)."""
-    if header.data_file_raw and not header.has_data_file:
-        raise InvalidImage(path, "autoclear_features says raw external data, but there is no data file", DAMAGED_HEADER)
     if describe:
         return
+    if header.data_file_raw and not header.has_data_file:
+        raise InvalidImage(path, "autoclear_features says raw external data, but there is no data file", DAMAGED_HEADER)
     if header.has_data_file and header.data_file_name is None:
         raise InvalidImage(path, "the image has an external data file, but does not name it", DAMAGED_HEADER)
     if header.crypt_method is CryptMethod.LUKS and header.encryption is None:

@@ -205,7 +205,7 @@ def test_a_short_version_3_header_has_no_compression_type() -> None:
     ids=str,
 )
 def test_what_does_not_hinder_reading_is_a_warning(fields: dict[str, int], words: str) -> None:
-    warnings = read(poke(minimal_image(), **fields)).warnings
+    warnings = read(poke(with_extensions(), **fields)).warnings
     assert len(warnings) == 1
     assert words in warnings[0]
 
@@ -305,6 +305,12 @@ def test_an_extension_longer_than_its_area_is_refused() -> None:
     assert "header extension 0x1234 has length 65417, but 65416 bytes are left" in refusal(image)
     image[116:120] = struct.pack(">I", CLUSTER - 120)
     assert [extension.type for extension in read(image).unknown_extensions] == [0x1234]
+
+
+def test_even_the_end_mark_must_not_be_longer_than_its_area() -> None:
+    image = with_extensions()
+    image[112:120] = struct.pack(">II", 0, CLUSTER)
+    assert "header extension 0x0 has length 65536" in refusal(image)
 
 
 def test_extensions_end_where_the_backing_name_begins() -> None:
