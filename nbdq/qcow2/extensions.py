@@ -171,7 +171,7 @@ def build_extensions(extensions: Extensions, *, feature_names: bool) -> bytes:
 def _split(path: str, area: bytes) -> Iterator[tuple[int, bytes]]:
     """The raw (type, data) records of ``area``, up to its end mark or its last eight bytes."""
     position = 0
-    for _ in range(MAX_EXTENSIONS):
+    for _ in range(MAX_EXTENSIONS + 1):  # and the end mark
         if len(area) - position < 8:
             return
         head = _EXTENSION_HEAD.parse(area[position : position + 8])

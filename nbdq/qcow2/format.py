@@ -85,7 +85,7 @@ class Header:
     unknown_fields: bytes = b""
     """Header bytes from 112 on, to be written back untouched (Q8)."""
     warnings: tuple[str, ...] = ()
-    """What is wrong but does not hinder reading."""
+    """What is wrong but does not hinder reading; who writes must mend it first or refuse (HARD list)."""
 
     @property
     def cluster_size(self) -> int:

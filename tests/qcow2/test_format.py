@@ -339,6 +339,11 @@ def test_unknown_extensions_keep_their_order_and_bytes() -> None:
     assert [(extension.type, extension.data) for extension in found] == records
 
 
+def test_as_many_extensions_as_allowed_are_read() -> None:
+    records = [(0x1000 + n, b"") for n in range(MAX_EXTENSIONS)]
+    assert len(read(with_extensions(*records)).unknown_extensions) == MAX_EXTENSIONS
+
+
 def test_bitmaps_that_the_last_writer_did_not_maintain_are_ignored_with_a_warning() -> None:
     header = read(with_extensions(bitmaps(count=0, reserved=9)))  # not even looked at
     assert header.bitmaps is None
