@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 
 from nbdq.chain.policy import Gate, Policy, Reference, Role, has_protocol
 from nbdq.errors import ChainError, ImageError, UnsupportedImage, printable
@@ -75,7 +76,7 @@ def resolve_chain(
         ImageLocked: another process writes to a layer.
         UnsupportedImage: a format or feature that nbdq does not have.
         InvalidImage, CorruptImage: a header that cannot be believed.
-        ImageError: the file of an operator's path cannot be opened, or a layer cannot be read.
+        ImageError: a header cannot be read, or a file cannot be locked where that is demanded.
     """
     with ExitStack() as opened:
         walk = _Walk(path, policy or Policy(), opened)
@@ -105,10 +106,7 @@ class _Walk:
         """Add the operator's own path below the last layer; whatever is in its header is not asked."""
         if self.layers and self.layers[-1].format is Format.RAW:
             raise ChainError(self.layers[-1].path, "is raw and hides every layer below it", "make it the last layer")
-
-        def fail(what: str, mend: str = "") -> ChainError:
-            return ChainError(path, what, mend)
-
+        fail = partial(ChainError, path)
         self._check_depth(fail)
         self._add(self._open(lambda: FileStorage.open(path), fail), format)
 
@@ -159,6 +157,7 @@ class _Walk:
                     known = printable(self._known[key], 1024)
                     raise fail(f"closes a loop: it is in the chain already, as {known}", "rebase the image")
             self._known.update(dict.fromkeys(keys, storage.path))
+            # Raw files, too, whose writers QEMU tolerates: the chain index remembers where their holes are.
             claim = TOLERANT_READER if self._policy.force_share else READER
             lock_image(storage.descriptor, storage.path, claim, self._policy.locking)
         except OSError as error:
@@ -194,7 +193,7 @@ def _undeclared(reference: Reference, storage: FileStorage) -> ChainError:
 def _explain(error: OSError) -> tuple[str, str]:
     """Why a file could not be opened, and what to do about it."""
     if error.errno == errno.ENOENT:
-        return "is missing", "bring it back, or rebase the image"
+        return "is missing", "bring it back, or correct the name"
     if error.errno == errno.EMFILE:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"cannot be opened: all {limit} file descriptors are in use", "raise RLIMIT_NOFILE (ulimit -n)"

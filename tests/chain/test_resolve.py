@@ -96,19 +96,19 @@ def test_layers_of_all_versions_sizes_and_cluster_sizes_come_top_first(tmp_path:
 def test_a_raw_top_is_one_layer_whatever_its_first_bytes_say(tmp_path: Path) -> None:
     """R-34, CVE-2008-2004: a guest can write a qcow2 header into its raw disk."""
     top = tmp_path / "disk.img"
-    top.write_bytes(refer(b"/etc/passwd", format=b"raw"))
+    top.write_bytes(refer(b"/etc/passwd", format="raw"))
     with resolved(top, format="raw") as layers:
         assert [(layer.format, layer.header) for layer in layers] == [("raw", None)]
 
 
 def test_a_recorded_format_wins_even_if_it_is_wrong(tmp_path: Path) -> None:
     """F1."""
-    (tmp_path / "base").write_bytes(refer(b"/etc/passwd", format=b"raw"))
-    (tmp_path / "top").write_bytes(refer(b"base", format=b"raw"))
+    (tmp_path / "base").write_bytes(refer(b"/etc/passwd", format="raw"))
+    (tmp_path / "top").write_bytes(refer(b"base", format="raw"))
     with resolved(tmp_path / "top") as layers:
         assert [layer.format for layer in layers] == ["qcow2", "raw"]
     (tmp_path / "base").write_bytes(b"no header".ljust(1 << 20, b"\0"))
-    (tmp_path / "top").write_bytes(refer(b"base", format=b"qcow2"))
+    (tmp_path / "top").write_bytes(refer(b"base", format="qcow2"))
     with pytest.raises(InvalidImage) as caught:
         resolve_chain(str(tmp_path / "top"))
     assert caught.value.path == str(tmp_path / "base")
@@ -116,7 +116,7 @@ def test_a_recorded_format_wins_even_if_it_is_wrong(tmp_path: Path) -> None:
 
 def test_an_empty_format_is_none(tmp_path: Path) -> None:
     (tmp_path / "base").write_bytes(bytes(512))
-    (tmp_path / "top").write_bytes(refer(b"base", format=b""))
+    (tmp_path / "top").write_bytes(refer(b"base", format=""))
     assert "has no recorded format" in refusal(tmp_path / "top")
 
 
@@ -133,7 +133,7 @@ def test_a_protocol_driver_recorded_as_format_reads_raw_bytes_as_in_qemu(tmp_pat
 @pytest.mark.parametrize("format", ["vmdk", "qcow", "luks", "QCOW2", "nbd", "vpc"])
 def test_other_formats_are_refused_by_name_and_not_opened(tmp_path: Path, format: str) -> None:
     os.mkfifo(tmp_path / "base")
-    (tmp_path / "top").write_bytes(refer(b"base", format=format.encode()))
+    (tmp_path / "top").write_bytes(refer(b"base", format=format))
     message = refusal(tmp_path / "top")
     assert re.match(rf'UnsupportedImage {tmp_path}/top: format of backing file "base" .*is "{format}"', message)
     with pytest.raises(UnsupportedImage, match=f'format is "{format}"'):
@@ -377,7 +377,7 @@ def test_a_data_file_that_is_missing_or_part_of_the_chain_is_refused(tmp_path: P
     assert f'data file "gone" ({tmp_path}/gone) is missing' in refusal(tmp_path / "top", policy=policy)
     (tmp_path / "top").write_bytes(refer(data_file=b"top"))
     assert f'{tmp_path}/top: data file "top" ({tmp_path}/top) closes a loop' in refusal(tmp_path / "top", policy=policy)
-    (tmp_path / "top").write_bytes(refer(b"base", format=b"raw", data_file=b"base"))
+    (tmp_path / "top").write_bytes(refer(b"base", format="raw", data_file=b"base"))
     (tmp_path / "base").write_bytes(b"")
     assert f'backing file "base" ({tmp_path}/base) closes a loop' in refusal(tmp_path / "top", policy=policy)
 
@@ -388,7 +388,7 @@ def test_a_data_file_that_is_missing_or_part_of_the_chain_is_refused(tmp_path: P
 def test_every_file_of_a_chain_is_locked_until_it_is_closed(tmp_path: Path) -> None:
     """L6, M5."""
     (tmp_path / "top").write_bytes(refer(b"middle"))
-    (tmp_path / "middle").write_bytes(refer(b"base", format=b"raw", data_file=b"data"))
+    (tmp_path / "middle").write_bytes(refer(b"base", format="raw", data_file=b"data"))
     files = [tmp_path / name for name in ("top", "middle", "data", "base")]
     for file in files[2:]:
         file.write_bytes(b"")
