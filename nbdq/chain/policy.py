@@ -66,8 +66,9 @@ class Reference:
     path: str
 
     def __str__(self) -> str:
-        meaning = f" ({printable(self.path, 1024)})" if self.path != self.name else ""
-        return f'{self.role.value} "{printable(self.name, 1024)}"{meaning}'
+        if self.path == self.name:
+            return f'{self.role.value} "{printable(self.name, 1024)}"'
+        return f'{self.role.value} "{printable(self.name)}" ({printable(self.path, 1024)})'
 
     def error(self, what: str, mend: str = "") -> ChainError:
         """The reason why this reference cannot be followed, in the name of the image that makes it."""

@@ -74,7 +74,7 @@ class Pool:
         finally:
             _watcher = None
         assert str(caught.value).isprintable()
-        assert len(str(caught.value)) < 4096
+        assert len(str(caught.value)) < 2500
         return caught.value
 
     @property
