@@ -111,7 +111,8 @@ def main(directory: Path) -> None:
             try:
                 assert server.stdout is not None
                 uri = server.stdout.readline().strip()
-                assert uri, "the server did not start"
+                if not uri:
+                    raise SystemExit("the server did not start")
                 print("serving at", uri)
                 client = Client(path)
                 assert client.size == GUEST_SIZE

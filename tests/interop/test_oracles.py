@@ -12,9 +12,10 @@ import pytest
 from tests.support import oracles
 from tests.support.cli import nbdq, run_nbdq
 from tests.support.images import Image, Variant, build
-from tests.support.serving import Server, serve
+from tests.support.oracles import Status
+from tests.support.serving import Server, qemu_nbd, serve
 from tests.support.tools import execute, requires, run
-from tests.support.variants import SNAPSHOTS, VARIANTS
+from tests.support.variants import SNAPSHOTS, VARIANTS, single
 
 pytestmark = requires("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy")
 
@@ -33,9 +34,20 @@ def server(image: Image) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def allocation(server: Server) -> list[Status]:
+    """base:allocation of the whole export, asked once for all that compare it."""
+    return oracles.block_status([server.uri()])
+
+
 every_variant = pytest.mark.parametrize("image", VARIANTS, indirect=True, ids=str)
 every_copyable_variant = pytest.mark.parametrize("image", [v for v in VARIANTS if not v.huge], indirect=True, ids=str)
 every_huge_variant = pytest.mark.parametrize("image", [v for v in VARIANTS if v.huge], indirect=True, ids=str)
+
+
+def assert_same_map(image: Image, *window: str) -> None:
+    ours = nbdq("map", "--output=json", *window, "-f", image.format, *image.options, image.top)
+    assert oracles.without_compressed(ours) == oracles.map_text(image, *window), window
 
 
 @every_copyable_variant
@@ -54,28 +66,30 @@ def test_qemu_img_compare_finds_no_difference(image: Image, server: Server) -> N
 
 @every_huge_variant
 def test_a_huge_disk_reads_the_same_around_every_piece_of_data(image: Image, server: Server) -> None:
-    def window(file: str, offset: int) -> str:
-        return f"driver=raw,offset={offset},size={min(1 << 20, size - offset)},{file}"
+    """qemu-img compare would ask for the status of every 2 GiB; it is shown a window of the disk instead."""
 
-    size = sum(extent["length"] for extent in oracles.map_extents(image))
+    def window(path: Path, offset: int) -> str:
+        length = min(1 << 20, image.size - offset)
+        return f"driver=raw,offset={offset},size={length},file.driver=nbd,file.server.type=unix,file.server.path={path}"
+
     mapped = [extent["start"] for extent in oracles.map_extents(image) if extent["data"]]
     assert mapped
-    for start in mapped:
-        offset = max(0, start - (64 << 10))
-        ours = window(f"file.driver=nbd,file.server.type=unix,file.server.path={server.socket}", offset)
-        theirs = window(f"file.driver={image.format},file.file.driver=file,file.file.filename={image.top}", offset)
-        assert "identical" in run("qemu-img", "compare", "--image-opts", ours, theirs, cwd=image.directory)
+    with qemu_nbd("-f", image.format, image.top) as peer:
+        for start in mapped:
+            offset = max(0, start - (64 << 10))
+            pair = (window(server.socket, offset), window(peer, offset))
+            assert "identical" in run("qemu-img", "compare", "--image-opts", *pair)
 
 
 @every_variant
-def test_base_allocation_is_what_qemu_img_map_implies(image: Image, server: Server) -> None:
+def test_base_allocation_is_what_qemu_img_map_implies(image: Image, allocation: list[Status]) -> None:
     """P6, P118."""
-    assert oracles.block_status([server.uri()]) == oracles.status_of_map(oracles.map_extents(image))
+    assert allocation == oracles.status_of_map(oracles.map_extents(image))
 
 
 @every_variant
-def test_base_allocation_is_what_qemu_nbd_answers(image: Image, server: Server) -> None:
-    assert oracles.block_status([server.uri()]) == oracles.block_status(oracles.qemu_nbd(image))
+def test_base_allocation_is_what_qemu_nbd_answers(image: Image, allocation: list[Status]) -> None:
+    assert allocation == oracles.block_status(oracles.qemu_nbd(image))
 
 
 @every_variant
@@ -87,27 +101,32 @@ def test_allocation_depth_is_what_qemu_nbd_answers(image: Image, server: Server)
 
 @every_variant
 def test_map_prints_the_json_of_qemu_img(image: Image) -> None:
-    ours = nbdq("map", "--output=json", *image.options, image.top, cwd=image.directory)
-    assert oracles.without_compressed(ours) == oracles.map_text(image)
+    assert_same_map(image)
 
 
 @every_variant
 def test_map_prints_the_table_of_qemu_img(image: Image) -> None:
     """The human form names files, and gives up where data has no offset to show: both as qemu-img."""
     theirs = execute("qemu-img", "map", "-f", image.format, image.top, cwd=image.directory)
-    ours = run_nbdq("map", *image.options, image.top, cwd=image.directory)
+    ours = run_nbdq("map", "-f", image.format, *image.options, image.top)
     assert ours.stdout == theirs.stdout
-    assert (ours.returncode == 0) == (theirs.returncode == 0), ours.stderr
+    assert (ours.exit_code == 0) == (theirs.returncode == 0), ours.stderr
 
 
 @every_variant
 def test_map_of_a_window_is_cut_at_its_ends(image: Image) -> None:
-    """Windows that begin and end inside clusters, and one past the end, which is an extent of length 0."""
+    """Windows that begin and end inside clusters."""
     size = image.size
-    for start, length in ((0, 512), (size // 3 + 100, size // 2), (size // 2 - 1, 1), (size, 512)):
-        window = ("-s", str(start), "-l", str(length))
-        ours = nbdq("map", "--output=json", *window, *image.options, image.top, cwd=image.directory)
-        assert oracles.without_compressed(ours) == oracles.map_text(image, *window), window
+    for start, length in ((0, 512), (size // 3 + 100, size // 2), (size // 2 - 1, 1)):
+        if start < size:
+            assert_same_map(image, "-s", str(start), "-l", str(length))
+
+
+def test_map_of_nothing_is_one_extent_without_length(tmp_path: Path) -> None:
+    """Scripts that index the first extent of qemu-img's list find it in ours, too."""
+    image = build(single("any"), tmp_path)
+    for window in (("-l", "0"), ("-s", str(image.size)), ("-s", str(2 * image.size), "-l", "512")):
+        assert_same_map(image, *window)
 
 
 @pytest.mark.parametrize(("variant", "name"), SNAPSHOTS, ids=str)
@@ -120,3 +139,16 @@ def test_an_internal_snapshot_is_served_as_qemu_nbd_serves_it(variant: Variant, 
         assert filecmp.cmp(tmp_path / "nbdq.raw", tmp_path / "qemu.raw", shallow=False)
         for context in ("base:allocation", "qemu:allocation-depth"):
             assert oracles.block_status([server.uri()], context) == oracles.block_status(peer, context)
+
+
+@pytest.mark.parametrize("resize", ["resize 80c", "resize 20c"])
+def test_a_snapshot_has_the_size_that_the_disk_had_when_it_was_taken(resize: str, tmp_path: Path) -> None:
+    """Q64. QEMU gives a snapshot the size of now; up to the smaller of the two sizes both read the same."""
+    image = build(single("resized", steps=("write 0 2c", "write 30c 4c", "snapshot then", resize)), tmp_path)
+    run("qemu-img", "convert", "-l", "then", "-O", "raw", image.top, tmp_path / "qemu.raw")
+    with serve("-l", "then", image.top) as server:
+        run("nbdcopy", server.uri(), tmp_path / "nbdq.raw")
+    ours, theirs = (tmp_path / "nbdq.raw").read_bytes(), (tmp_path / "qemu.raw").read_bytes()
+    assert len(ours) == 40 << 16
+    common = min(len(ours), len(theirs))
+    assert ours[:common] == theirs[:common]

@@ -1,21 +1,22 @@
-"""``nbdq`` on the command line, as an operator runs it."""
+"""``nbdq`` on the command line, run in this process: hundreds of calls would otherwise mostly wait for interpreters."""
 
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.support.tools import execute
+from click.testing import CliRunner, Result
+
+from nbdq.cli import main
 
 
-def run_nbdq(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a verb to its end, whatever its status; it must never show a traceback."""
-    done = execute(sys.executable, "-m", "nbdq", *words, cwd=cwd)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+def run_nbdq(*words: str | Path) -> Result:
+    """Run a verb to its end, whatever its exit status; an exception that reaches the top is a bug and raised here."""
+    result = CliRunner().invoke(main, [str(word) for word in words], prog_name="nbdq")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
 
 
-def nbdq(*words: str | Path, cwd: Path | None = None) -> str:
+def nbdq(*words: str | Path) -> str:
     """Run a verb that must succeed; return its standard output."""
-    done = run_nbdq(*words, cwd=cwd)
-    assert done.returncode == 0, f"nbdq {' '.join(map(str, words))}: status {done.returncode}\n{done.stderr}"
-    return done.stdout
+    result = run_nbdq(*words)
+    assert result.exit_code == 0, f"nbdq {' '.join(map(str, words))}: status {result.exit_code}\n{result.stderr}"
+    return result.stdout

@@ -169,7 +169,7 @@ def _perform(layer: Layer, path: Path, *, seed: int) -> None:
 
     def flush() -> None:
         if batch:
-            run("qemu-io", "-f", layer.format, *batch, path, cwd=path.parent)
+            run("qemu-io", "-t", "unsafe", "-f", layer.format, *batch, path, cwd=path.parent)
         for used in scratch:
             used.unlink()
         batch.clear()
@@ -200,9 +200,9 @@ def _administer(layer: Layer, path: Path, verb: str, words: list[str]) -> None:
         case "resize", [size]:
             run("qemu-img", "resize", "-q", "-f", layer.format, "--shrink", path, str(layer.bytes(size)))
         case "commit", []:
-            run("qemu-img", "commit", "-q", "-d", "-f", layer.format, path)
+            run("qemu-img", "commit", "-q", "-t", "unsafe", "-d", "-f", layer.format, path)
         case "amend", [options]:
-            run("qemu-img", "amend", "-q", "-f", layer.format, "-o", options, path)
+            run("qemu-img", "amend", "-q", "-t", "unsafe", "-f", layer.format, "-o", options, path)
         case "truncate", [length]:
             os.truncate(path, layer.bytes(length))
         case "poke", [offset, width, value]:

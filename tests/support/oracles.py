@@ -35,13 +35,15 @@ def merged(statuses: list[Status]) -> list[Status]:
 
 def block_status(server: list[str], context: str = "base:allocation") -> list[Status]:
     """A context of a whole export as libnbd sees it; ``server`` is a URI, or ``[ COMMAND ]`` that libnbd starts."""
-    extents = json.loads(run("nbdinfo", "--json", f"--map={context}", "--", *server) or "[]")
+    extents = json.loads(run("nbdinfo", "--json", f"--map={context}", "--", *server))
     return merged([Status(extent["offset"], extent["length"], extent["type"]) for extent in extents])
 
 
 def qemu_nbd(image: Image, *options: str) -> list[str]:
     """The argument of libnbd's tools that makes them start qemu-nbd on ``image``, without a socket of ours."""
-    return ["[", "qemu-nbd", "-r", "-f", image.format, *options, str(image.top), "]"]
+    command = ["qemu-nbd", "-r", "-f", image.format, *options, str(image.top)]
+    # QEMU looks for external data files in its working directory (Q76).
+    return ["[", "env", f"--chdir={image.directory}", *command, "]"]
 
 
 def map_text(image: Image, *options: str | Path) -> str:
@@ -67,4 +69,4 @@ def status_of_map(extents: list[dict[str, Any]]) -> list[Status]:
 
 def without_compressed(text: str) -> str:
     """Our ``map`` output as QEMU 7.2 would print it: it does not know the newer key."""
-    return re.sub(r'"compressed": (true|false), ', "", text)
+    return re.sub(r', "compressed": (true|false)', "", text)

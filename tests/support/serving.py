@@ -1,7 +1,6 @@
 """A server under test as a child process on a unix socket: started, watched, ended, and heard when a test fails."""
 
 import contextlib
-import os
 import selectors
 import signal
 import subprocess
@@ -99,13 +98,13 @@ def refusal(*words: str | Path, cwd: Path | None = None) -> str:
 
 
 @contextlib.contextmanager
-def qemu_nbd(*words: str | Path, cwd: Path | None = None) -> Iterator[str]:
-    """The peer: a read-only qemu-nbd; yields its URI."""
+def qemu_nbd(*words: str | Path) -> Iterator[Path]:
+    """The peer: a read-only qemu-nbd; yields its socket."""
     with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
         path = Path(directory, "socket")
         ready = Path(directory, "pid")
         command = ["qemu-nbd", "-r", "-t", "-k", str(path), f"--pid-file={ready}", *map(str, words)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=cwd)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             deadline = time.monotonic() + PATIENCE
             while not (ready.exists() and path.exists()):  # the pid file is written once it listens
@@ -113,7 +112,7 @@ def qemu_nbd(*words: str | Path, cwd: Path | None = None) -> Iterator[str]:
                     process.kill()
                     raise AssertionError(f"{' '.join(command)}: {process.communicate()[1]}")
                 time.sleep(0.005)
-            yield f"nbd+unix:///?socket={quote(os.fspath(path))}"
+            yield path
         finally:
             process.kill()
             process.communicate()
