@@ -240,7 +240,6 @@ class Handshake:
     def _finish(self, reason: str) -> None:
         self.finished = True
         self.reason = reason
-        self._buffer.clear()
 
     def _respond(self, option: int, data: bytes | None) -> None:
         """Answer one option; ``data`` is None if it was too long to keep."""

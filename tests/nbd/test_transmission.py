@@ -170,14 +170,21 @@ def test_a_wrong_magic_ends_the_connection_after_what_is_before_it(magic: bytes)
     assert magic.hex() in failure
 
 
-def test_a_failure_is_raised_once_nothing_is_left_to_return() -> None:
+@pytest.mark.parametrize("further", [b"x", request(READ), request(READ) * 100])
+def test_a_failure_is_raised_once_nothing_is_left_to_return(further: bytes) -> None:
     transmission = begin()
-    assert len(receive(transmission, request(READ) + bytes(28))) == 1
+    assert len(receive(transmission, request(READ) + bytes(28) + request(READ) * 100)) == 1
     assert transmission.failure is not None
+    with pytest.raises(ProtocolError) as raised:
+        receive(transmission, further)
+    assert raised.value is transmission.failure
+
+
+@pytest.mark.parametrize("last", [bytes(28), request(WRITE, 0, 0, 2**32 - 1), request(DISC)])
+def test_the_buffer_is_whole_again_when_nothing_more_will_be_parsed(last: bytes) -> None:
+    transmission = begin()
+    receive(transmission, request(READ) + last + bytes(BUFFER_SIZE - 60))
     assert len(transmission.buffer()) == BUFFER_SIZE
-    for data in (b"x", request(READ)):
-        with pytest.raises(ProtocolError):
-            receive(transmission, data)
 
 
 def test_a_failure_with_nothing_before_it_is_raised_at_once() -> None:
