@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import click
@@ -20,20 +21,20 @@ from nbdq.cli.options import Size, chain_arguments, chain_options
 @click.option("-S", "--load-snapshot", "snapshot", default=None, help="An internal snapshot of IMAGE, by id or name.")
 @click.argument("image", type=click.Path())
 def map_command(
-    image: str, output: str, start_offset: int, max_length: int | None, snapshot: str | None, **chain: Any
+    image: str, output: str, start_offset: int, max_length: int | None, snapshot: str | None, **chain_words: Any
 ) -> None:
     """Print the extents of IMAGE, through its whole chain.
 
     The json form is byte for byte that of qemu-img 8.2 and later.
     """
     clusters = ClusterCache(budget=0)
-    disk = open_disk(image, clusters=clusters, snapshot=snapshot, **chain_arguments(**chain))
+    disk = open_disk(image, clusters=clusters, snapshot=snapshot, **chain_arguments(**chain_words))
     try:
         start = min(start_offset, disk.size)
         length = disk.size - start if max_length is None else min(max_length, disk.size - start)
         extents = disk.extents(start, length)
         if output == "json":
-            _print_json(extents)
+            _print_json(extents, start_offset)
         else:
             _print_human(extents)
     finally:
@@ -41,10 +42,12 @@ def map_command(
         clusters.close()
 
 
-def _print_json(extents: Iterator[Extent]) -> None:
+def _print_json(extents: Iterator[Extent], start: int) -> None:
     write = sys.stdout.write
     separator = "["
-    for extent in extents:
+    # A range that holds nothing is one extent of nothing, as in qemu-img.
+    nothing = Extent(start, 0, 0, present=False, zero=False, data=False, compressed=False, offset=None, path="")
+    for extent in chain([next(extents, nothing)], extents):
         offset = "" if extent.offset is None else f', "offset": {extent.offset}'
         write(
             f'{separator}{{ "start": {extent.start}, "length": {extent.length}, "depth": {extent.depth}, '
@@ -52,7 +55,7 @@ def _print_json(extents: Iterator[Extent]) -> None:
             f'"data": {_boolean(extent.data)}, "compressed": {_boolean(extent.compressed)}{offset}}}'
         )
         separator = ",\n"
-    write("]\n" if separator != "[" else "[]\n")
+    write("]\n")
 
 
 def _boolean(value: bool) -> str:
@@ -68,4 +71,9 @@ def _print_human(extents: Iterator[Extent]) -> None:
             sys.stdout.flush()
             click.echo("nbdq: File contains external, encrypted or compressed clusters.", err=True)
             sys.exit(1)
-        print(f"{extent.start:<#16x}{extent.length:<#16x}{extent.offset:<#16x}{extent.path}")
+        print(f"{_hex(extent.start):<16}{_hex(extent.length):<16}{_hex(extent.offset):<16}{extent.path}")
+
+
+def _hex(number: int) -> str:
+    """As C prints it with ``%#x``: zero has no prefix."""
+    return f"{number:#x}" if number else "0"
