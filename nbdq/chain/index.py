@@ -121,12 +121,12 @@ class ChainIndex:
         return window
 
     def spans(self, offset: int, end: int) -> Iterator[Window]:
-        """Windows from the one that holds ``offset`` up to ``end``; a stretch that no layer touches comes as one."""
+        """Windows from the one that holds ``offset`` up to ``end``; a stretch without data comes as one."""
         while offset < end:
             empty = self._empty_until(offset, end)
             if empty > offset:
                 start = offset >> self.window_bits << self.window_bits
-                yield Window(start, empty, self._unallocated(start, empty))
+                yield Window(start, empty, self._untouched(start, empty))
                 offset = empty
             else:
                 window = self.window(offset)
@@ -160,14 +160,14 @@ class ChainIndex:
                 occupied[: len(found)] |= found
         return occupied
 
-    def _unallocated(self, start: int, end: int) -> Runs:
+    def _untouched(self, start: int, end: int) -> Runs:
+        """Runs of a stretch without data: unallocated, or one hole where a raw layer is at the bottom (M4)."""
         parts = [part for part in self.segments if part.start < end and part.end > start]
-        return Runs(
-            np.array([max(part.start, start) for part in parts], dtype=np.uint64),
-            np.zeros(len(parts), dtype=np.uint8),
-            np.array([part.layer_count - 1 for part in parts], dtype=np.uint16),
-            np.zeros(len(parts), dtype=np.uint64),
-        )
+        starts = np.array([max(part.start, start) for part in parts], dtype=np.uint64)
+        owner = np.array([part.layer_count - 1 for part in parts], dtype=np.uint16)
+        raw = np.array([isinstance(self.layers[part.layer_count - 1], RawImage) for part in parts])
+        kind = np.where(raw, np.uint8(Kind.HOLE), np.uint8(Kind.UNALLOCATED))
+        return Runs(starts, kind, owner, np.where(raw, starts, np.uint64(0)))
 
     def _build(self, start: int, end: int) -> Runs:
         parts = [

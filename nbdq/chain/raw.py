@@ -16,20 +16,8 @@ class RawImage:
         self.size = -(-storage.size() // 512) * 512
 
     def ranges(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        """Contiguous (start, end, is data) over ``[start, end)``, which lies inside the image."""
-        return [
-            (low, min(-(-high // 512) * 512, end) if is_data else high, is_data)
-            for low, high, is_data in self._whole_sectors(start, end)
-        ]
-
-    def _whole_sectors(self, start: int, end: int) -> list[tuple[int, int, bool]]:
-        found = list(self.data.data_ranges(start, end))
-        # The hole behind a partial last sector begins with the next sector.
-        if len(found) > 1 and found[-1][0] % 512 and not found[-1][2]:
-            low, high, _ = found.pop()
-            if -(-low // 512) * 512 < high:
-                found.append((-(-low // 512) * 512, high, False))
-        return found
+        """Contiguous (start, end, is data) over ``[start, end)``; to the byte at the end of the file, as in QEMU."""
+        return list(self.data.data_ranges(start, end))
 
     def occupancy(self, start: int, end: int, step: int) -> NDArray[np.bool_]:
         """For each ``step`` bytes of ``[start, end)``: may there be data?"""
