@@ -31,9 +31,9 @@ _RAW_GRANULE = 64 << 10
 _OCCUPANCY_WINDOWS = 4096
 #: Maps kept, at 4 KiB each; only disks beyond 256 TiB ever have more.
 _OCCUPANCY_MAPS = 512
-#: A run costs 8 + 8 + 2 + 1 bytes in the arrays, and about as much again in status arrays made from it.
-_RUN_BYTES = 40
-_WINDOW_BYTES = 1500
+#: A run costs 8 + 8 + 2 + 1 bytes; array.append makes it a little more.
+_RUN_BYTES = 20
+_WINDOW_BYTES = 2000
 
 _POINTS_INTO_FILE = (Kind.UNALLOCATED_OFFSET, Kind.ZERO_OFFSET, Kind.HOLE, Kind.DATA, Kind.DATA_HOLE)
 
@@ -67,12 +67,18 @@ class Window:
     def __init__(self, start: int, end: int, runs: Runs) -> None:
         self.start = start
         self.end = end
-        self.runs = runs
         self.starts = array("Q", runs.start.tobytes())
         self.starts.append(end)
         self.kinds = runs.kind.tobytes()
         self.layers = array("H", runs.layer.tobytes())
         self.hosts = array("Q", runs.host.tobytes())
+        # The same memory once more, for vector operations.
+        self.runs = Runs(
+            np.frombuffer(self.starts, np.uint64, len(self.kinds)),
+            np.frombuffer(self.kinds, np.uint8),
+            np.frombuffer(self.layers, np.uint16),
+            np.frombuffer(self.hosts, np.uint64),
+        )
         self.cost = _WINDOW_BYTES + len(self.kinds) * _RUN_BYTES
 
     def find(self, offset: int) -> int:
