@@ -18,6 +18,8 @@ from nbdq.qcow2.format import CompressionType
 
 #: log2 of the largest window a zstd frame may ask for (R-29); a cluster is at most 2^21 bytes.
 _WINDOW_LOG_MAX = 23
+#: Frames in one cluster: writers make one. Each costs a copy of what follows it, so their number must be bounded.
+_FRAMES_MAX = 256
 
 
 def inflate_cluster(kind: CompressionType, data: bytes, cluster_size: int) -> bytes:
@@ -49,7 +51,9 @@ def _inflate_deflate(data: bytes, cluster_size: int) -> bytes:
 def _inflate_zstd(data: bytes, cluster_size: int) -> bytes:
     parts: list[bytes] = []
     missing = cluster_size
-    while missing and data:
+    for _ in range(_FRAMES_MAX):
+        if not missing or not data:
+            break
         frame = ZstdDecompressor(options={DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
         try:
             part = frame.decompress(data, max_length=missing)
