@@ -70,11 +70,10 @@ def decode_l2(table: bytes, guest_offset: int, geometry: Geometry) -> Granules:
     index = np.flatnonzero(entries)
     entry = entries[index].astype(np.uint64)
     kind, host = _classify(entry, index, guest_offset, geometry)
-    zero = ((entry & _ZERO) != 0) & (kind != Kind.COMPRESSED) & (kind != Kind.CORRUPT)
+    zero = ((entry & _ZERO) != 0) & (kind != Kind.COMPRESSED)
     if zero.any():
-        plain = zero & (host == 0)
-        kind[zero] = Kind.ZERO_OFFSET
-        kind[plain] = Kind.ZERO
+        kind[zero & (kind != Kind.CORRUPT)] = Kind.ZERO_OFFSET
+        kind[zero & (host == 0)] = Kind.ZERO  # whatever bit 63 says, even with a data file
         if geometry.version < 3:  # Q38
             kind[zero] = Kind.CORRUPT
     present = kind != Kind.UNALLOCATED
