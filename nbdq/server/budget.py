@@ -1,32 +1,45 @@
 """Reply memory, counted: a share for each connection and a bound for the process (R-70)."""
 
-from collections import deque
 from collections.abc import Callable
 
 
 class Budget:
-    """Bytes that requests in progress may hold, for the whole process. Loop thread only.
+    """Bytes that requests in progress and unsent replies may hold, for the whole process. Loop thread only.
 
-    Who is refused is called back, first come first served, when bytes are given back. A request larger than the whole
-    budget is admitted when nothing else is in progress, so nobody waits for ever.
+    Who is refused is called back, first come first served, when enough bytes have been given back. A request larger
+    than the whole budget is admitted when nothing else is reserved, so nobody waits for ever.
     """
 
     def __init__(self, total: int) -> None:
         self._free = self._total = total
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Callable[[], None], int] = {}  # who is to be called back, and the bytes that it wants
 
-    def take(self, count: int, retry: Callable[[], None]) -> bool:
-        """Reserve ``count`` bytes; if that is not possible now, False, and ``retry`` is called later."""
-        if count <= self._free or self._free == self._total:
+    def take(self, count: int, retry: Callable[[], None], *, overdraw: bool = False) -> bool:
+        """Reserve ``count`` bytes; if that is not possible now, False, and ``retry`` is called once, later.
+
+        The same ``retry`` waits but once, at the place in the queue that it had first, for the last ``count`` it asked.
+        ``overdraw``: they are guaranteed to the caller, and so reserved even if there are none.
+        """
+        if overdraw or self._fits(count):
             self._free -= count
             return True
-        self._waiting.append(retry)
+        self._waiting[retry] = count
         return False
 
+    def forget(self, retry: Callable[[], None]) -> None:
+        """Call back no more, if ``retry`` waits."""
+        self._waiting.pop(retry, None)
+
     def give(self, count: int) -> None:
-        """Return ``count`` reserved bytes."""
+        """Return ``count`` reserved bytes.
+
+        All whose wish can now be met alone are called back, even though there may not be enough for them all together:
+        some no longer want anything, and who comes too late waits again.
+        """
         self._free += count
-        for _ in range(len(self._waiting)):
-            if self._free <= 0:
-                break
-            self._waiting.popleft()()
+        for retry in [retry for retry, wanted in self._waiting.items() if self._fits(wanted)]:
+            del self._waiting[retry]
+            retry()
+
+    def _fits(self, count: int) -> bool:
+        return count <= self._free or self._free == self._total
