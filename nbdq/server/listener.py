@@ -1,7 +1,6 @@
 """Listening sockets: made with care, accepting without spinning, removed at the end."""
 
 import asyncio
-import errno
 import logging
 import os
 import socket
@@ -14,7 +13,9 @@ from nbdq.nbd.uri import tcp_uri, unix_uri
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 128
-#: Pause after accept failed for want of descriptors or memory; without it the loop would spin (R-79).
+#: Clients accepted before others get their turn; one that comes and goes faster than it is accepted must not hold us.
+_ACCEPTS_MAX = 64
+#: Pause after accept failed, as for want of descriptors or memory; without it the loop would spin (3.4).
 _ACCEPT_PAUSE_SECONDS = 1.0
 _SO_SNDBUFFORCE = 32
 #: Asked of the kernel for the send buffer of unix sockets, whose default holds less than one large reply.
@@ -27,6 +28,7 @@ class Listener:
     def __init__(self, sock: socket.socket, path: str | None = None) -> None:
         sock.setblocking(False)
         self.socket = sock
+        self._wanted = True
         self._path = path
         self._inode = os.stat(path).st_ino if path else 0
 
@@ -41,29 +43,32 @@ class Listener:
         """Accept clients; ``accept`` takes ownership of each socket, and answers whether it wants more for now."""
         self._loop = loop
         self._accept = accept
-        loop.add_reader(self.socket.fileno(), self._on_readable)
+        self._watch()
 
     def pause(self) -> None:
         """Accept nobody until :meth:`resume`."""
+        self._wanted = False
         self._loop.remove_reader(self.socket.fileno())
 
     def resume(self) -> None:
         """Accept again, unless closed meanwhile."""
-        if self.socket.fileno() >= 0:
+        self._wanted = True
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._wanted and self.socket.fileno() >= 0:
             self._loop.add_reader(self.socket.fileno(), self._on_readable)
 
     def _on_readable(self) -> None:
-        while True:
+        for _ in range(_ACCEPTS_MAX):
             try:
                 sock, address = self.socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
                 _log.error("cannot accept a client: %s; trying again in %.0f s", error.strerror, _ACCEPT_PAUSE_SECONDS)
-                self.pause()
-                self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self.resume)
+                self._loop.remove_reader(self.socket.fileno())
+                self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._watch)
                 return
             _prepare(sock)
             peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"unix:{sock.fileno()}"
@@ -82,6 +87,8 @@ class Listener:
                         os.unlink(self._path)
                 except FileNotFoundError:
                     pass
+                except OSError as error:  # no reason to stop stopping
+                    _log.warning("cannot remove the socket %s: %s", printable(self._path), error.strerror)
 
 
 def _prepare(sock: socket.socket) -> None:
@@ -132,11 +139,14 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
+        except BlockingIOError:  # its queue is full, so there is one
+            pass
     raise ExportError(f"cannot listen on {printable(path)}: another server listens there; stop it or choose a path")
 
 
