@@ -33,6 +33,10 @@ REQUIRED_TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "fio", "nbdcopy", "nbdinfo"
 DISK_NEEDED = 12 * GIB
 
 
+def default_dir() -> Path:
+    return Path(tempfile.gettempdir()) / f"nbdq-race-{os.getuid()}"
+
+
 def check_tools(*, yardstick: bool) -> None:
     """Raises ClickException if a tool is missing or lacks the part that is needed."""
     wanted = (*REQUIRED_TOOLS, "nbdkit") if yardstick else REQUIRED_TOOLS
@@ -97,7 +101,14 @@ def usable_rivals(work_dir: Path, image: Image, *, yardstick: bool) -> list[Serv
 @click.option("--only", multiple=True, metavar="PATTERN", help="Cases whose name fits this shell pattern. Repeatable.")
 @click.option("--rounds", type=click.IntRange(1), help="Measurements per case and server (default 5).")
 @click.option("--seconds", type=click.FloatRange(0.5), help="Length of one measurement (default 4).")
-@click.option("--dir", "work_dir", type=click.Path(file_okay=False, path_type=Path), help="Where images are kept.")
+@click.option("--retries", type=click.IntRange(0), default=2, help="Repeat a disturbed measurement (default 2 times).")
+@click.option(
+    "--dir",
+    "work_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=default_dir,
+    help="Where images are kept.",
+)
 @click.option("--ours", metavar="COMMAND", help="Race this server as nbdq; {socket} and {image} are filled in.")
 @click.option("--yardstick", is_flag=True, help="Also show nbdkit's file plugin on a raw image. It does not count.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all samples there.")
@@ -108,7 +119,8 @@ def main(
     only: tuple[str, ...],
     rounds: int | None,
     seconds: float | None,
-    work_dir: Path | None,
+    retries: int,
+    work_dir: Path,
     ours: str | None,
     yardstick: bool,
     json_path: Path | None,
@@ -125,14 +137,14 @@ def main(
         return
     rounds = rounds or (2 if quick else 5)
     seconds = seconds or (2.0 if quick else 4.0)
-    work_dir = work_dir or Path(tempfile.gettempdir()) / f"nbdq-race-{os.getuid()}"
     check_tools(yardstick=yardstick)
     with locked_dir(work_dir):
         make_images(cases, work_dir)
         our_kind = nbdq(shlex.split(ours)) if ours else nbdq()
         rivals = usable_rivals(work_dir, cases[0].image, yardstick=yardstick)
         results = []
-        for result in Race(work_dir, our_kind, rivals, rounds=rounds, seconds=seconds).run(cases):
+        race = Race(work_dir, our_kind, rivals, rounds=rounds, seconds=seconds, retries=retries)
+        for result in race.run(cases):
             results.append(result)
             click.echo(progress_line(result), err=True)
         facts = machine(work_dir)
@@ -140,7 +152,7 @@ def main(
     columns = [kind.label for kind in (our_kind, *rivals)]
     click.echo(markdown_table(results, columns, facts) if markdown else plain_table(results, columns))
     if json_path is not None:
-        settings = {"rounds": rounds, "seconds": seconds, "ours": " ".join(our_kind.argv)}
+        settings = {"rounds": rounds, "seconds": seconds, "retries": retries, "ours": " ".join(our_kind.argv)}
         report = {"machine": facts, "settings": settings, "cases": [result.as_json() for result in results]}
         json_path.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(any(result.failure for result in results))

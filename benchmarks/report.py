@@ -67,7 +67,7 @@ def _rows(results: Sequence[CaseResult], columns: Sequence[str]) -> list[list[st
         ratio = result.ratio()
         met = {True: "yes", False: "MISSED", None: "–"}[result.met()]
         notes = result.doubts()
-        notes += [f"{label}: {_number(result.median(label))}" for label in result.samples if label not in columns]
+        notes += [f"{label}: {_number(result.median(label))}" for label in result.measurements if label not in columns]
         rows.append(
             [
                 result.case.id,

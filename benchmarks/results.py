@@ -25,6 +25,20 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    sample: Sample
+    conditions: Conditions
+
+    @property
+    def value(self) -> float:
+        return self.sample.value
+
+    @property
+    def disturbed(self) -> bool:
+        return self.conditions.other_cores >= OTHER_LOAD_CORES
+
+
+@dataclass(frozen=True)
 class Ratio:
     """How much better we are than the rival, and the lowest and highest of the same ratio taken round by round."""
 
@@ -36,20 +50,19 @@ class Ratio:
 
 @dataclass
 class CaseResult:
-    """All samples of one case, by contestant. Contestants take one sample per round each, so lists are in step."""
+    """All measurements of one case, by contestant. Each is measured once per round, so the lists are in step."""
 
     case: Case
     ours: str
     rivals: tuple[str, ...]
     """The contestants whose best counts for the ratio. Others, if any, are only for orientation."""
 
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
-    conditions: dict[str, list[Conditions]] = field(default_factory=dict)
+    measurements: dict[str, list[Measurement]] = field(default_factory=dict)
     failure: str | None = None
 
     def median(self, label: str) -> float | None:
-        samples = self.samples.get(label)
-        return median(sample.value for sample in samples) if samples else None
+        measurements = self.measurements.get(label)
+        return median(one.value for one in measurements) if measurements else None
 
     def ratio(self) -> Ratio | None:
         """Against the best rival's median. None if there are no rivals or the case could not run."""
@@ -65,7 +78,7 @@ class CaseResult:
 
         rounds = [
             better(mine.value, theirs.value)
-            for mine, theirs in zip(self.samples[self.ours], self.samples[best], strict=True)
+            for mine, theirs in zip(self.measurements[self.ours], self.measurements[best], strict=True)
         ]
         return Ratio(best, better(ours, rivals[best]), min(rounds), max(rounds))
 
@@ -84,18 +97,19 @@ class CaseResult:
     def doubts(self) -> list[str]:
         """What a reader should know before believing the ratio."""
         notes = []
-        for label, samples in self.samples.items():
-            busy = [sample.busy for sample in samples if sample.busy is not None]
+        for label, measurements in self.measurements.items():
+            busy = [one.sample.busy for one in measurements if one.sample.busy is not None]
             if busy and median(busy) >= CLIENT_BOUND:
                 notes.append(f"client-bound: {label}")
-        details = [sample.detail for samples in self.samples.values() for sample in samples]
-        counts = {detail["extents"] for detail in details if "extents" in detail}
+        everything = [one for measurements in self.measurements.values() for one in measurements]
+        counts = {one.sample.detail["extents"] for one in everything if "extents" in one.sample.detail}
         if len(counts) > 1:
             notes.append(f"extents differ: {sorted(counts)}")
-        conditions = [one for rounds in self.conditions.values() for one in rounds]
-        if conditions and (cores := mean(one.other_cores for one in conditions)) >= OTHER_LOAD_CORES:
-            notes.append(f"other load: {cores:.1f} cores")
-        if conditions and (cold := sum(one.disk_mib for one in conditions)) >= COLD_MIB:
+        if any(one.disturbed for one in everything):
+            cores = mean(one.conditions.other_cores for one in everything)
+            share = sum(one.disturbed for one in everything) / len(everything)
+            notes.append(f"other load: {cores:.1f} cores, {share:.0%} of the measurements disturbed")
+        if (cold := sum(one.conditions.disk_mib for one in everything)) >= COLD_MIB:
             notes.append(f"cold: {cold:.0f} MiB from disk")
         return notes
 
@@ -110,12 +124,9 @@ class CaseResult:
             "met": self.met(),
             "failure": self.failure,
             "ratio": ratio and vars(ratio),
-            "medians": {label: self.median(label) for label in self.samples},
-            "samples": {
-                label: [
-                    vars(sample) | vars(conditions)
-                    for sample, conditions in zip(samples, self.conditions[label], strict=True)
-                ]
-                for label, samples in self.samples.items()
+            "medians": {label: self.median(label) for label in self.measurements},
+            "measurements": {
+                label: [vars(one.sample) | vars(one.conditions) for one in measurements]
+                for label, measurements in self.measurements.items()
             },
         }
