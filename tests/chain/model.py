@@ -22,6 +22,8 @@ from nbdq.storage import FileStorage
 _T = TypeVar("_T")
 
 SECTOR = 512
+#: Descriptors with this bit name clusters that do not inflate.
+DAMAGED = 1 << 20
 _PAGE = 4096
 _INTO_FILE = (Kind.DATA, Kind.ZERO_OFFSET, Kind.UNALLOCATED_OFFSET)
 
@@ -100,7 +102,7 @@ class TableImage(Qcow2Image):
         return np.array([self.kinds[at // self.granule : at // self.granule + per_step].any() for at in starts])
 
     def read_compressed(self, descriptor: int) -> bytes:
-        if descriptor % 8 == 7:
+        if descriptor & DAMAGED:
             raise OSError(errno.EIO, "damaged cluster", self.path)
         return inflated(descriptor, self.cluster_size)
 
@@ -174,7 +176,7 @@ class Model:
             count = min(SECTOR - position % SECTOR, end - position)
             kind, depth, host = self.at(position)
             layer = self.layers[depth]
-            if kind is Kind.CORRUPT or (kind is Kind.COMPRESSED and host % 8 == 7):
+            if kind is Kind.CORRUPT or (kind is Kind.COMPRESSED and host & DAMAGED):
                 return None
             if kind is Kind.DATA:
                 place = host + position % SECTOR
@@ -221,7 +223,7 @@ def _random_image(chance: random.Random, number: int, size: int) -> TableImage:
         descriptor += 1
         if chance.randrange(4) == 0:  # somewhere else, perhaps where another cluster is already
             host = chance.randrange(0, 700 << 10, cluster_size)
-            descriptor = chance.randrange(1 << 20)
+            descriptor = chance.randrange(1 << 20) | chance.choice((0,) * 9 + (DAMAGED,))
         at = slice(cluster * per_cluster, (cluster + 1) * per_cluster)
         if kind in (Kind.COMPRESSED, Kind.CORRUPT):
             kinds[at], hosts[at] = kind, descriptor
