@@ -48,7 +48,7 @@ class Granules(NamedTuple):
     unallocated in this layer.
     """
 
-    index: NDArray[np.int64]
+    position: NDArray[np.int64]
     """Ascending positions in granules, counted from the start of the range that was asked for."""
     kind: Kinds
     host: Offsets
@@ -88,6 +88,10 @@ class FilePiece(NamedTuple):
     length: int
 
 
+#: A part of a reply: memory that does not change any more, or bytes of a file.
+Piece = memoryview | FilePiece
+
+
 class BlockDevice(Protocol):
     """A disk. Offset first, then length or data; safe to call from any thread; failures are ``OSError``.
 
@@ -111,8 +115,16 @@ class BlockDevice(Protocol):
         """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""
         ...
 
-    def locate_cached(self, offset: int, length: int) -> list[FilePiece] | None:
-        """Where the range lies in files, if all of it does and is in the page cache; never waits."""
+    def gather_cached(self, offset: int, length: int) -> list[Piece] | None:
+        """The range as pieces, in order, if all of it is in memory or the page cache; never waits."""
+        ...
+
+    def gather(self, offset: int, length: int) -> list[Piece]:
+        """The range as pieces of memory, shared with caches where that saves a copy; may wait for a disk and inflate.
+
+        Raises:
+            OSError: EIO where metadata is corrupt or the medium fails.
+        """
         ...
 
     def status_cached(self, offset: int, length: int) -> bool:

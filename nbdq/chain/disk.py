@@ -5,17 +5,20 @@ Knows layers, the index and the inflated-cluster cache. Must not know NBD, socke
 
 import errno
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
-from nbdq.block import Extent, FilePiece, Kind, Status
+from nbdq.block import Extent, FilePiece, Kind, Piece, Status
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.index import ChainIndex, Layer, Runs, Window, runs_at
 from nbdq.qcow2.image import Qcow2Image
 
 #: Memory for index windows, for each disk.
 INDEX_BUDGET = 32 << 20
+#: Guest bytes inflated ahead of a sequential reader: a deep queue of small reads spans more than one cluster.
+_READ_AHEAD = 256 << 10
 
 _HAS_DATA = frozenset((Kind.DATA, Kind.DATA_HOLE, Kind.COMPRESSED))
 _READS_ZERO = frozenset((Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET, Kind.ZERO, Kind.ZERO_OFFSET, Kind.HOLE))
@@ -78,53 +81,95 @@ class ChainDisk:
             cluster = self._clusters.peek((image, window.hosts[run]))
             if cluster is None or offset % len(cluster) + len(view) > len(cluster):
                 return False
-            self._copy_from_cluster(cluster, offset, view)
+            view[:] = self._cluster_piece(cluster, offset, len(view))
             return True
         if kind == _CORRUPT:
             return False
         view[:] = bytes(len(view))
         return True
 
-    def _copy_from_cluster(self, cluster: bytes, offset: int, view: memoryview) -> None:
-        inside = offset % len(cluster)
-        view[:] = memoryview(cluster)[inside : inside + len(view)]
-        self._read_ahead(offset - inside, len(cluster))
-
     def _read_ahead(self, start: int, cluster_size: int) -> None:
-        """Note a use of the compressed cluster at guest ``start``; inflate the next one for a sequential reader."""
+        """Note a use of the compressed cluster at guest ``start``; inflate the next ones for a sequential reader."""
         following = start + cluster_size
-        if start == self._next_compressed and following < self.size:
-            window = self._windows.get(following >> self._window_bits)
-            if window is not None:
-                run = window.find(following)
-                if window.kinds[run] == _COMPRESSED:
-                    image, descriptor = self.layers[window.layers[run]], window.hosts[run]
-                    assert isinstance(image, Qcow2Image)
-                    self._clusters.get_ahead((image, descriptor), lambda: image.read_compressed(descriptor))
+        if start == self._next_compressed:
+            for position in range(following, following + max(_READ_AHEAD, cluster_size), cluster_size):
+                window = self._windows.get(position >> self._window_bits)
+                if window is None or position >= window.end:
+                    break
+                run = window.find(position)
+                if window.kinds[run] != _COMPRESSED:
+                    break
+                image, descriptor = self.layers[window.layers[run]], window.hosts[run]
+                assert isinstance(image, Qcow2Image)
+                self._clusters.get_ahead((image, descriptor), partial(image.read_compressed, descriptor))
         self._next_compressed = following
 
-    def locate_cached(self, offset: int, length: int) -> list[FilePiece] | None:
-        """Where the range lies in files, if all of it does and is in the page cache; never waits."""
-        pieces = []
+    def gather_cached(self, offset: int, length: int) -> list[Piece] | None:
+        """The range as pieces of files and of memory, if all of it is in memory; never waits."""
         end = offset + length
         window = self._windows.get(offset >> self._window_bits)
         if window is None or end > window.end:
             return None
+        pieces: list[Piece] = []
         run = window.find(offset)
         while offset < end:
-            if window.kinds[run] != _DATA:
-                return None
             count = min(end, window.starts[run + 1]) - offset
-            layer = window.layers[run]
-            host = window.hosts[run] + offset - window.starts[run]
-            storage = self._files[layer]
-            # A file that ends inside the range reads as zeros there; a short sendfile would break the reply (P101).
-            if host + count > self._file_sizes[layer] or not storage.is_cached(host, count):
+            kind = window.kinds[run]
+            if kind == _DATA:
+                piece = self._file_piece(window, run, offset, count)
+                if piece is None or not piece.storage.is_cached(piece.offset, count):
+                    return None
+                pieces.append(piece)
+            elif kind == _COMPRESSED:
+                cluster = self._clusters.peek((self.layers[window.layers[run]], window.hosts[run]))
+                if cluster is None or offset % len(cluster) + count > len(cluster):
+                    return None
+                pieces.append(self._cluster_piece(cluster, offset, count))
+            elif kind == _CORRUPT:
                 return None
-            pieces.append(FilePiece(storage, host, count))
+            else:
+                pieces.append(memoryview(bytes(count)))
             offset += count
             run += 1
         return pieces
+
+    def gather(self, offset: int, length: int) -> list[Piece]:
+        """The range as pieces of memory, of which inflated clusters are shared and not copied; may wait.
+
+        Raises:
+            OSError: EIO where metadata is corrupt or the medium fails.
+        """
+        end = offset + length
+        pieces: list[Piece] = []
+        while offset < end:
+            window = self._index.window(offset)
+            run = window.find(offset)
+            count = min(end, window.starts[run + 1]) - offset
+            if window.kinds[run] == _COMPRESSED:
+                image = self.layers[window.layers[run]]
+                assert isinstance(image, Qcow2Image)
+                count = min(count, image.cluster_size - offset % image.cluster_size)
+                pieces.append(self._cluster_piece(self._inflate(image, window.hosts[run]), offset, count))
+            else:
+                view = memoryview(bytearray(count))
+                self._read_piece(window, run, offset, view)
+                pieces.append(view)
+            offset += count
+        return pieces
+
+    def _file_piece(self, window: Window, run: int, offset: int, length: int) -> FilePiece | None:
+        layer = window.layers[run]
+        host = window.hosts[run] + offset - window.starts[run]
+        # A file that ends inside the range reads as zeros there; a short sendfile would break the reply (P101).
+        return FilePiece(self._files[layer], host, length) if host + length <= self._file_sizes[layer] else None
+
+    def _cluster_piece(self, cluster: bytes, offset: int, length: int) -> memoryview:
+        inside = offset % len(cluster)
+        self._read_ahead(offset - inside, len(cluster))
+        return memoryview(cluster)[inside : inside + length]
+
+    def _inflate(self, image: Qcow2Image, descriptor: int) -> bytes:
+        return self._clusters.get((image, descriptor), lambda: image.read_compressed(descriptor))
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``; may wait for a disk and inflate.
@@ -152,8 +197,7 @@ class ChainDisk:
             done = 0
             while done < len(view):  # equal descriptors of neighbouring clusters are one run
                 count = min(size - (offset + done) % size, len(view) - done)
-                cluster = self._clusters.get((image, host), lambda: image.read_compressed(host))
-                self._copy_from_cluster(cluster, offset + done, view[done : done + count])
+                view[done : done + count] = self._cluster_piece(self._inflate(image, host), offset + done, count)
                 done += count
         elif kind == _CORRUPT:
             raise OSError(errno.EIO, f"corrupt table entry for guest offset {offset}", self.layers[depth].path)

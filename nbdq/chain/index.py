@@ -48,7 +48,7 @@ class Runs(NamedTuple):
     host: NDArray[np.uint64]
 
     def where(self, mask: NDArray[np.bool_]) -> "Runs":
-        return Runs(*(column[mask] for column in self))
+        return Runs(self.start[mask], self.kind[mask], self.layer[mask], self.host[mask])
 
 
 class Segment(NamedTuple):
@@ -74,7 +74,7 @@ class Window:
         self.hosts = array("Q", runs.host.tobytes())
         # The same memory once more, for vector operations.
         self.runs = Runs(
-            np.frombuffer(self.starts, np.uint64, len(self.kinds)),
+            np.frombuffer(memoryview(self.starts)[:-1], np.uint64),
             np.frombuffer(self.kinds, np.uint8),
             np.frombuffer(self.layers, np.uint16),
             np.frombuffer(self.hosts, np.uint64),
@@ -241,9 +241,9 @@ def _to_granules(
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint64]]:
     """Spread a layer's granules over the index's smaller ones; ``skip`` of those lie before the range."""
     if ratio == 1:
-        return (found.index - skip if skip else found.index), found.kind, found.host
+        return (found.position - skip if skip else found.position), found.kind, found.host
     step = np.arange(ratio, dtype=np.int64)
-    index = (found.index[:, np.newaxis] * ratio + step).reshape(-1) - skip
+    index = (found.position[:, np.newaxis] * ratio + step).reshape(-1) - skip
     into_file = np.isin(found.kind, _POINTS_INTO_FILE)[:, np.newaxis]
     host = found.host[:, np.newaxis] + np.where(into_file, (step * granule).astype(np.uint64), np.uint64(0))
     return index, np.repeat(found.kind, ratio), host.reshape(-1)

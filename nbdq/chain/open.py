@@ -9,8 +9,9 @@ from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
 from nbdq.chain.resolve import resolve_chain
 from nbdq.errors import UnsupportedImage
+from nbdq.qcow2.bitmaps import read_bitmaps
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.snapshots import find_snapshot, read_snapshots
+from nbdq.qcow2.snapshots import check_snapshot, find_snapshot, read_snapshots
 
 
 def open_disk(
@@ -31,7 +32,6 @@ def open_disk(
 
     Raises:
         ImageError: a layer cannot be served; the message names it and the remedy.
-        OSError: the top image cannot be opened.
     """
     resolved = resolve_chain(path, format=format, policy=policy, backing=backing)
     layers: list[Layer] = []
@@ -42,8 +42,13 @@ def open_disk(
                     raise UnsupportedImage(path, "a raw image has no internal snapshots", "leave out --load-snapshot")
                 layers.append(RawImage(layer.storage))
                 continue
+            # Read at open even when nobody asks, because QEMU refuses images in which they are broken (V24).
             snapshots = read_snapshots(layer.storage, layer.header)
-            chosen = find_snapshot(snapshots, snapshot) if number == 0 and snapshot is not None else None
+            read_bitmaps(layer.storage, layer.header)
+            chosen = None
+            if number == 0 and snapshot is not None:
+                chosen = find_snapshot(snapshots, snapshot)
+                check_snapshot(layer.storage, layer.header, chosen)
             layers.append(Qcow2Image(layer.storage, layer.header, data=layer.data_storage, snapshot=chosen))
     except BaseException:
         for layer in resolved:

@@ -12,7 +12,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _SUFFIXES = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes, with qemu-img's suffixes: 65536, 64k, 1.5G."""
 
     name = "size"
@@ -28,7 +28,7 @@ class Size(click.ParamType):
             self.fail(f"{value!r} is not a size; write bytes or a number with a suffix of k, M, G, T, P, E", param, ctx)
 
 
-class Backing(click.ParamType):
+class Backing(click.ParamType[tuple[str, str] | None]):
     """FORMAT:PATH of one layer of an explicit chain, or ``none``."""
 
     name = "FORMAT:PATH|none"

@@ -25,7 +25,7 @@ from nbdq.server.server import Server
 _log = logging.getLogger(__name__)
 
 
-class _Mode(click.ParamType):
+class _Mode(click.ParamType[int]):
     """File mode in octal."""
 
     name = "mode"

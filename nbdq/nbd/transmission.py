@@ -103,24 +103,29 @@ class Transmission:
     that the handshake left over are copied into :meth:`buffer` first, as if they had just come.
     """
 
-    def __init__(self, negotiated: Negotiated) -> None:
+    def __init__(self, negotiated: Negotiated, buffer: bytearray | None = None) -> None:
+        """``buffer`` may be shared by all whose :meth:`buffer` and :meth:`received` are called in turn, in one thread;
+        between the two calls it is ours. Without it there is one of our own."""
         self.negotiated = negotiated
         self.disconnected = False
         """The client sent DISC: answer what is outstanding, then close (P93)."""
         self.failure: ProtocolError | None = None
         """Sync is lost: answer the requests before it, then close. The next :meth:`received` raises it."""
 
-        self._buffer = bytearray(BUFFER_SIZE)
+        self._buffer = bytearray(BUFFER_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
-        self._kept = 0  # bytes at the front of the buffer: an incomplete header
-        self._unread_payload = 0  # bytes still to come of a WRITE payload that nobody wants; only while _kept is 0
+        self._kept = b""  # an incomplete header
+        self._unread_payload = 0  # bytes still to come of a WRITE payload that nobody wants; only while _kept is empty
 
         self._refused_commands = _refused_commands(negotiated)
         self._refused_flags = _refused_flags(negotiated.flags)
 
     def buffer(self) -> memoryview:
         """Where to receive into; never empty, valid until the next :meth:`received`."""
-        return self._view[self._kept :]
+        if not self._kept:
+            return self._view
+        self._view[: len(self._kept)] = self._kept
+        return self._view[len(self._kept) :]
 
     def received(self, count: int) -> list[RawRequest]:
         """Take ``count`` bytes that are now at the front of :meth:`buffer`.
@@ -140,7 +145,7 @@ class Transmission:
             return requests
         buffer = self._buffer
         unpack = REQUEST.unpack_from
-        end = self._kept + count
+        end = len(self._kept) + count
         last = end - _HEADER_SIZE
         position = self._unread_payload
         while position <= last:
@@ -165,11 +170,10 @@ class Transmission:
                     break
             requests.append(request)
         if position < end:
-            self._kept = end - position
+            self._kept = bytes(self._view[position:end])
             self._unread_payload = 0
-            self._view[: self._kept] = self._view[position:end]
         else:
-            self._kept = 0
+            self._kept = b""
             self._unread_payload = position - end
         if self.failure is not None and not requests:
             raise self.failure

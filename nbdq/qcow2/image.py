@@ -5,6 +5,7 @@ and when they are asked for, in slices: an image of any virtual size opens in co
 """
 
 import errno
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +60,8 @@ class Qcow2Image:
             if entry:
                 low, high = max(start, number * coverage), min(end, (number + 1) * coverage)
                 part = self._map_l2(entry & L1_OFFSET_MASK, low, high)
-                if len(part.index):
-                    found.append(part._replace(index=part.index + (low - start) // self.granule))
+                if len(part.position):
+                    found.append(part._replace(position=part.position + (low - start) // self.granule))
         if not found:
             return None
         if len(found) == 1:
@@ -103,7 +104,7 @@ class Qcow2Image:
         if coverage >= step:
             return np.repeat(tables, coverage // step)[(start % coverage) // step :][:count]
         tables = np.pad(tables, (0, count * (step // coverage) - len(tables)))
-        return tables.reshape(count, step // coverage).any(axis=1)
+        return cast(NDArray[np.bool_], tables.reshape(count, step // coverage).any(axis=1))
 
     def read_compressed(self, descriptor: int) -> bytes:
         """Inflate the compressed cluster that ``descriptor`` names; ``cluster_size`` bytes.
@@ -114,7 +115,8 @@ class Qcow2Image:
         offset, length = self.geometry.compressed_range(descriptor)
         if offset >= self._file_size:
             raise OSError(errno.EIO, f"compressed cluster at {offset} lies past the end of the file", self.path)
-        return inflate_cluster(self.header.compression_type, self.storage.read(offset, length), self.cluster_size)
+        data = self.storage.read(offset, length).ljust(length, b"\0")  # the last sector may be cut short (Q51)
+        return inflate_cluster(self.header.compression_type, data, self.cluster_size)
 
     @property
     def metadata_preallocated(self) -> bool:

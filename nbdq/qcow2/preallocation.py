@@ -4,7 +4,10 @@ QEMU compares how many host clusters are referenced with how much of the file is
 promises much more than the file holds, block status looks for holes in the file too.
 """
 
+from typing import cast
+
 import numpy as np
+from numpy.typing import NDArray
 
 from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
@@ -18,7 +21,8 @@ def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
     Reads refcount blocks only for a file that is sparse enough to be in question.
     """
     cluster_size = header.cluster_size
-    end_cluster = -(-storage.size() // cluster_size)
+    file_size = storage.size()
+    end_cluster = -(-file_size // cluster_size)
     real_clusters = storage.allocated_size() // cluster_size
     threshold = max(real_clusters * 10 // 9, real_clusters + 2)
     if end_cluster < threshold:
@@ -28,7 +32,12 @@ def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
     table = np.frombuffer(storage.read(header.refcount_table_offset, blocks * 8).ljust(blocks * 8, b"\0"), dtype=">u8")
     referenced = 0
     for number in np.flatnonzero(table & _BLOCK_OFFSET_MASK).tolist():
-        block = storage.read(int(table[number] & _BLOCK_OFFSET_MASK), cluster_size)
+        block_offset = int(table[number] & _BLOCK_OFFSET_MASK)
+        if block_offset % cluster_size:
+            return False  # damaged refcounts do not hinder reading
+        if block_offset >= file_size:
+            continue  # reads as zeros
+        block = storage.read(block_offset, cluster_size)
         counts = _nonzero_counts(block, header.refcount_order)
         referenced += int(np.count_nonzero(counts[: end_cluster - number * block_clusters]))
         if referenced >= threshold:
@@ -36,10 +45,10 @@ def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
     return False
 
 
-def _nonzero_counts(block: bytes, refcount_order: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _nonzero_counts(block: bytes, refcount_order: int) -> NDArray[np.bool_]:
     """Which entries of a refcount block are not zero; entries narrower than a byte start at its low end (Q26)."""
     if refcount_order < 3:
         bits = np.unpackbits(np.frombuffer(block, dtype=np.uint8), bitorder="little")
-        return bits.reshape(-1, 1 << refcount_order).any(axis=1)
+        return cast(NDArray[np.bool_], bits.reshape(-1, 1 << refcount_order).any(axis=1))
     width = 1 << refcount_order - 3
-    return np.frombuffer(block[: len(block) // width * width], dtype=f">u{width}") != 0
+    return cast(NDArray[np.bool_], np.frombuffer(block[: len(block) // width * width], dtype=f">u{width}") != 0)

@@ -16,7 +16,8 @@ from nbdq.server.session import Resources, Session
 
 _log = logging.getLogger(__name__)
 
-_RECEIVE_SIZE = 64 << 10
+#: Options are small; a bound on what is parsed in one turn of the loop.
+_RECEIVE_SIZE = 4 << 10
 
 
 class Connection:
@@ -32,7 +33,7 @@ class Connection:
         on_negotiated: Callable[["Connection"], None],
         on_close: Callable[["Connection"], None],
     ) -> None:
-        """Take ownership of ``sock``; ``on_negotiated`` is called when transmission begins, ``on_close`` exactly once."""
+        """Take ownership of ``sock``; ``on_negotiated`` is called when transmission begins, ``on_close`` once."""
         self._peer = peer
         self._socket = sock
         self._exports = exports
@@ -116,7 +117,11 @@ class Connection:
         self._export = export
         _log.info("%s: export %r, contexts %s", self._peer, export.info.name, [name for _, name in negotiated.contexts])
         self._session = Session(
-            self._socket, Transmission(negotiated), export.device, self._resources, on_end=self._close
+            self._socket,
+            Transmission(negotiated, self._resources.receive_buffer),
+            export.device,
+            self._resources,
+            on_end=self._close,
         )
         self._session.start(bytes(self._handshake.leftover))
 
@@ -127,11 +132,10 @@ class Connection:
         self._deadline.cancel()
         if self._export is not None:
             self._export.connection_count -= 1
-        if self._session is None:
-            self._resources.loop.remove_reader(self._socket.fileno())
-            self._resources.loop.remove_writer(self._socket.fileno())
-        else:
+        if self._session is not None:
             self._session.abandon()
+        self._resources.loop.remove_reader(self._socket.fileno())
+        self._resources.loop.remove_writer(self._socket.fileno())
         self._socket.close()
         _log.log(logging.INFO if self._session else logging.DEBUG, "%s: closed: %s", self._peer, reason)
         self._on_close(self)

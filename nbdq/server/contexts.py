@@ -6,10 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbdq.block import Kind, Status
-from nbdq.nbd.constants import AllocationState
-
-BASE_ALLOCATION = "base:allocation"
-ALLOCATION_DEPTH = "qemu:allocation-depth"
+from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, AllocationState
 
 _HOLE_AND_ZERO = AllocationState.HOLE | AllocationState.ZERO
 _BASE_FLAGS = np.zeros(max(Kind) + 1, dtype=np.uint32)

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nbdq.block import BlockDevice
 from nbdq.errors import ExportError, printable
-from nbdq.nbd.constants import MAXIMUM_STRING, TransmissionFlag
+from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, TransmissionFlag
 from nbdq.nbd.handshake import ExportInfo
-from nbdq.server.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION
 
 #: One process serves every connection from one device object, so CAN_MULTI_CONN is true (P90); FLUSH and FUA are
 #: harmless on a read-only export, and some clients ask for them (P70).
@@ -44,13 +44,8 @@ class Export:
         """An export that refuses every write; ``allocation_depth`` offers that metadata context too.
 
         Raises:
-            ExportError: name or description is too long for the protocol (P2).
+            ExportError: name or description is not fit for the protocol (P2).
         """
-        for what, text in (("name", name), ("description", description)):
-            if len(text.encode("utf-8", "surrogateescape")) > MAXIMUM_STRING or not _is_utf8(text) or "\0" in text:
-                raise ExportError(
-                    f"export {what} {printable(text, 40)!r} must be UTF-8 without NUL, at most {MAXIMUM_STRING} bytes"
-                )
         contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH) if allocation_depth else (BASE_ALLOCATION,)
         info = ExportInfo(name, device.size, _READ_ONLY_FLAGS, description=description, contexts=contexts)
         return cls(info, device, maximum_connections)
@@ -59,14 +54,6 @@ class Export:
     def is_full(self) -> bool:
         """Whether no further client may come in."""
         return bool(self.maximum_connections) and self.connection_count >= self.maximum_connections
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class Exports:
@@ -81,7 +68,7 @@ class Exports:
         self.by_name = {export.info.name: export for export in exports}
         if len(self.by_name) != len(exports):
             names = sorted(export.info.name for export in exports)
-            twice = next(a for a, b in zip(names, names[1:], strict=False) if a == b)
+            twice = next(a for a, b in pairwise(names) if a == b)
             raise ExportError(f"two exports are named {printable(twice)!r}; give each its own with --export-name")
 
     def list(self) -> Sequence[ExportInfo]:

@@ -1,11 +1,13 @@
-"""Every limit and deadline of the server, with its reason. Sizes in bytes, times in seconds (``reliability.md`` 3.2)."""
+"""Every limit and deadline of the server, with its reason. Sizes in bytes, times in seconds."""
 
 from dataclasses import dataclass
 
 #: Replies of one batch are assembled in an arena of this size.
-ARENA_SIZE = 512 << 10
+ARENA_SIZE = 256 << 10
 #: From this length on, file data goes to the socket by reference instead of through the arena.
 SENDFILE_LENGTH = 32 << 10
+#: Reply memory that a connection gets even when the process has none left.
+GUARANTEED_BYTES = 256 << 10
 #: Extents in one block status reply (P117 allows 2^20; clients cap lower).
 STATUS_EXTENTS = 64 << 10
 
@@ -20,7 +22,7 @@ class Limits:
     connections: int = 1024
     """All connections of the process, those that still negotiate included."""
     connection_bytes: int = 32 << 20
-    """Reply memory of requests in progress on one connection; a single larger request runs alone."""
+    """Reply memory of one connection; a single larger request runs alone."""
     process_bytes: int = 256 << 20
     """The same for all connections together."""
     inflated_bytes: int = 64 << 20

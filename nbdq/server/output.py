@@ -1,13 +1,14 @@
 """What waits to be sent on one socket: buffers and pieces of files, in order, never copied.
 
-Knows the socket. Must not know NBD or disks. Every byte that waits is counted, so that the data path can stop in time.
+Knows the socket. Must not know NBD or disks.
 """
 
 import socket
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 
-from nbdq.block import FilePiece
+from nbdq.block import FilePiece, Piece
 
 #: The kernel takes no more buffers in one sendmsg (IOV_MAX is 1024).
 _BUFFERS_MAX = 512
@@ -18,15 +19,19 @@ class Output:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._pieces: deque[memoryview | FilePiece] = deque()
+        self._pieces: deque[Piece] = deque()
 
     def __bool__(self) -> bool:
         """Whether anything waits."""
         return bool(self._pieces)
 
-    def append(self, piece: memoryview | FilePiece) -> None:
+    def append(self, piece: Piece) -> None:
         """Queue a buffer or a piece of a file; nothing is sent yet."""
         self._pieces.append(piece)
+
+    def extend(self, pieces: Iterable[Piece]) -> None:
+        """Queue several pieces that belong together."""
+        self._pieces.extend(pieces)
 
     def flush(self) -> bool:
         """Send what the socket takes now; True when nothing waits any more.

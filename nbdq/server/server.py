@@ -7,13 +7,13 @@ import asyncio
 import logging
 import socket
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from nbdq.server.budget import Budget
 from nbdq.server.connection import Connection
 from nbdq.server.export import Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener
+from nbdq.server.pool import WorkerPool
 from nbdq.server.session import Resources
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Server:
         self._accepting = True
         self._idle = asyncio.Event()
         self._idle.set()
-        self._pool = ThreadPoolExecutor(limits.workers, thread_name_prefix="nbdq-worker")
+        self._pool = WorkerPool(limits.workers)
         self._resources = Resources(asyncio.get_running_loop(), self._pool, limits, Budget(limits.process_bytes))
 
     def start(self) -> None:
@@ -88,4 +88,4 @@ class Server:
             _log.warning("%d connections did not finish in time", len(self._connections))
             for connection in list(self._connections):
                 connection.abort()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
