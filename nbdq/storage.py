@@ -102,24 +102,23 @@ class FileStorage:
     def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Ascending, contiguous (start, end, is data) over ``[start, end)``; holes from SEEK_HOLE.
 
-        Everything past the end of the file is a hole. A file system that cannot tell reports data.
+        Everything past the end of the file is a hole. A file system that cannot tell, or talks nonsense, has data.
         """
         position = start
         while position < end:
             try:
                 data = os.lseek(self.descriptor, position, os.SEEK_DATA)
+                hole = os.lseek(self.descriptor, data, os.SEEK_HOLE)
             except OSError as error:
-                if error.errno == errno.ENXIO:  # no data from here to the end of the file
-                    yield position, end, False
-                else:
-                    yield position, end, True
+                yield position, end, error.errno != errno.ENXIO  # ENXIO: no data from here to the end of the file
                 return
-            if data > position:
+            if not position <= data < hole:
+                yield position, end, True
+                return
+            if position < data:
                 yield position, min(data, end), False
-            if data >= end:
-                return
-            hole = min(os.lseek(self.descriptor, data, os.SEEK_HOLE), end)
-            yield max(data, position), hole, True
+            if data < end:
+                yield data, min(hole, end), True
             position = hole
 
     def size(self) -> int:
