@@ -152,3 +152,12 @@ def test_a_snapshot_has_the_size_that_the_disk_had_when_it_was_taken(resize: str
     assert len(ours) == 40 << 16
     common = min(len(ours), len(theirs))
     assert ours[:common] == theirs[:common]
+
+
+def test_a_relative_data_file_is_found_beside_its_image(tmp_path: Path) -> None:
+    """Q76: QEMU looks in its working directory, so only from there do the two agree."""
+    image = build(single("relative", "data_file=guest.data"), tmp_path)
+    run("qemu-img", "convert", "-O", "raw", image.top, tmp_path / "qemu", cwd=tmp_path)
+    with serve("--allow-data-file", image.top, cwd=Path("/")) as server:
+        run("nbdcopy", server.uri(), tmp_path / "nbdq")
+    assert filecmp.cmp(tmp_path / "nbdq", tmp_path / "qemu", shallow=False)

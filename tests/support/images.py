@@ -52,7 +52,7 @@ class Layer:
     size: str
     steps: tuple[str, ...] = ()
     options: str = ""
-    """As for ``qemu-img create -o``, comma separated."""
+    """As for ``qemu-img create -o``, comma separated; ``{directory}`` is replaced."""
     format: str = "qcow2"
     name: str = ""
     """File name, relative to the variant's directory; numbered by default."""
@@ -126,6 +126,7 @@ def build(variant: Variant, directory: Path) -> Image:
         _create(layer, path, image)
         image.paths.append(path)
         _perform(layer, path, seed=depth << 16)
+    _settle(directory)
     return image
 
 
@@ -151,10 +152,23 @@ def _number(text: str, *, cluster: int) -> int:
     return sum(int(value) * units[unit] for value, unit in terms)
 
 
+def _settle(directory: Path) -> None:
+    """Bring every file into the page cache.
+
+    Linux calls preallocated, unwritten space a hole until it is cached, and data from then on; QEMU's answers change
+    with that (P5). Two tools can only be compared once nothing is left to change.
+    """
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 20):
+                    pass
+
+
 def _create(layer: Layer, path: Path, image: Image) -> None:
     command: list[str | Path] = ["qemu-img", "create", "-q", "-f", layer.format]
     if layer.options:
-        command += ["-o", layer.options]
+        command += ["-o", layer.options.format(directory=image.directory)]
     if image.paths:
         below = image.paths[-1]
         name = layer.backing.format(directory=image.directory) or os.path.relpath(below, path.parent)
@@ -198,7 +212,17 @@ def _administer(layer: Layer, path: Path, verb: str, words: list[str]) -> None:
         case "snapshot", [name]:
             run("qemu-img", "snapshot", "-q", "-c", name, path)
         case "resize", [size]:
-            run("qemu-img", "resize", "-q", "-f", layer.format, "--shrink", path, str(layer.bytes(size)))
+            run(
+                "qemu-img",
+                "resize",
+                "-q",
+                "-f",
+                layer.format,
+                "--shrink",
+                path,
+                str(layer.bytes(size)),
+                cwd=path.parent,
+            )
         case "commit", []:
             run("qemu-img", "commit", "-q", "-t", "unsafe", "-d", "-f", layer.format, path)
         case "amend", [options]:

@@ -130,12 +130,16 @@ def _features() -> list[Variant]:
     found.append(single("preallocation-extended-l2", "preallocation=metadata,extended_l2=on", SUBCLUSTERS, "20c"))
     for raw in ("off", "on"):
         found.append(
-            single(f"data-file-raw-{raw}", f"data_file=guest.data,data_file_raw={raw}", serve=("--allow-data-file",))
+            single(
+                f"data-file-raw-{raw}",
+                f"data_file={{directory}}/guest.data,data_file_raw={raw}",
+                serve=("--allow-data-file",),
+            )
         )
     found.append(
         single(
             "data-file-extended-l2",
-            "data_file=guest.data,extended_l2=on",
+            "data_file={directory}/guest.data,extended_l2=on",
             SUBCLUSTERS,
             "20c",
             serve=("--allow-data-file",),
@@ -313,13 +317,13 @@ def _chains() -> list[Variant]:
     chain(
         "data-file-in-the-middle",
         base,
-        Layer("40c", over.steps, "data_file=guest.data"),
+        Layer("40c", over.steps, "data_file={directory}/guest.data"),
         Layer("40c", ("write 6c 2c",)),
         serve=("--allow-data-file",),
     )
     chain(
         "data-file-raw-at-the-bottom",
-        Layer("40c", KINDS, "data_file=guest.data,data_file_raw=on"),
+        Layer("40c", KINDS, "data_file={directory}/guest.data,data_file_raw=on"),
         over,
         serve=("--allow-data-file",),
     )
