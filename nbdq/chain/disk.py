@@ -45,6 +45,7 @@ class ChainDisk:
         self._window_bits = self._index.window_bits
         self._clusters = clusters
         self._next_compressed = -1  # guest offset at which a sequential reader would enter the next cluster
+        self._preallocated: frozenset[int] | None = None
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""
@@ -219,12 +220,8 @@ class ChainDisk:
             offset = stop
 
     def _split_at_file_holes(self, runs: Runs, end: int) -> Runs:
-        depths = {
-            depth
-            for depth in np.unique(runs.layer[runs.kind == _DATA]).tolist()
-            if isinstance(image := self.layers[depth], Qcow2Image) and image.metadata_preallocated
-        }
-        if not depths:
+        depths = self._preallocated_layers()
+        if not depths or depths.isdisjoint(runs.layer[runs.kind == _DATA].tolist()):
             return runs
         starts: list[int] = []
         holes: list[bool] = []
@@ -242,8 +239,20 @@ class ChainDisk:
         split = runs_at(runs, np.array(starts, dtype=np.uint64))
         return split._replace(kind=np.where(holes, np.uint8(Kind.DATA_HOLE), split.kind))
 
+    def _preallocated_layers(self) -> frozenset[int]:
+        """The layers whose files must be asked for holes (P5); looked up once, when first asked."""
+        if self._preallocated is None:
+            self._preallocated = frozenset(
+                depth
+                for depth, layer in enumerate(self.layers)
+                if isinstance(layer, Qcow2Image) and layer.is_metadata_preallocated()
+            )
+        return self._preallocated
+
     def status_cached(self, offset: int, length: int) -> bool:
-        """Whether :meth:`status` can answer for the range from memory."""
+        """Whether :meth:`status` can answer for the range from memory, without a question to a file system."""
+        if self._preallocated is None or self._preallocated:
+            return False
         last = (offset + length - 1) >> self._window_bits
         return all(number in self._windows for number in range(offset >> self._window_bits, last + 1))
 

@@ -45,7 +45,6 @@ class Qcow2Image:
             if snapshot.disk_size is not None:
                 self.size = snapshot.disk_size // 512 * 512
         self._file_size = storage.size()
-        self._preallocated: bool | None = None
 
     def map(self, start: int, end: int) -> Granules | None:
         """The allocated granules of ``[start, end)``, both multiples of the cluster size; None if there are none.
@@ -118,12 +117,13 @@ class Qcow2Image:
         data = self.storage.read(offset, length).ljust(length, b"\0")  # the last sector may be cut short (Q51)
         return inflate_cluster(self.header.compression_type, data, self.cluster_size)
 
-    @property
-    def metadata_preallocated(self) -> bool:
-        """Whether allocated clusters may be holes of the file (P5); looked up once, when first asked."""
-        if self._preallocated is None:
-            self._preallocated = is_metadata_preallocated(self.storage, self.header)
-        return self._preallocated
+    def is_metadata_preallocated(self) -> bool:
+        """Whether allocated clusters may be holes of the file (P5). May read refcounts: to be asked once.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return is_metadata_preallocated(self.storage, self.header)
 
     def close(self) -> None:
         """Close the storages. Idempotent."""

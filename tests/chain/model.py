@@ -84,7 +84,7 @@ class TableImage(Qcow2Image):
         self.path = data.path
         self.size, self.cluster_size, self.granule = size, cluster_size, granule
         self.kinds, self.hosts = kinds, hosts
-        self._preallocated = preallocated
+        self.preallocated = preallocated
         self.map_calls = 0
 
     def map(self, start: int, end: int) -> Granules | None:
@@ -105,6 +105,9 @@ class TableImage(Qcow2Image):
         if descriptor & DAMAGED:
             raise OSError(errno.EIO, "damaged cluster", self.path)
         return inflated(descriptor, self.cluster_size)
+
+    def is_metadata_preallocated(self) -> bool:
+        return self.preallocated
 
     def close(self) -> None:
         self.data.close()
@@ -157,7 +160,7 @@ class Model:
     def status_kind(self, sector: Sector) -> Kind:
         """The kind that block status gives: data that is a hole of a preallocated file is known to be zero (P5)."""
         layer = self.layers[sector.layer]
-        if sector.kind is Kind.DATA and isinstance(layer, TableImage) and layer.metadata_preallocated:
+        if sector.kind is Kind.DATA and isinstance(layer, TableImage) and layer.preallocated:
             assert isinstance(layer.data, MemoryFile)
             return Kind.DATA if layer.data.is_data(sector.host) else Kind.DATA_HOLE
         return sector.kind

@@ -373,6 +373,18 @@ def test_status_comes_from_memory_once_every_window_of_the_range_is_known(monkey
         assert not disk.status_cached(0, 4 * CLUSTER + 1)
 
 
+def test_status_that_must_ask_a_file_for_its_holes_never_comes_from_memory() -> None:
+    """P5: the question can wait for a disk, and there may be thousands."""
+    with disk_of([simple_disk([Kind.DATA])]) as (disk, _):
+        disk.read_into(0, memoryview(bytearray(1)))
+        assert not disk.status_cached(0, 512)  # nobody has looked yet whether it must
+        list(disk.status(0, 512))
+        assert disk.status_cached(0, 512)
+    with disk_of([simple_disk([Kind.ZERO]), simple_disk([Kind.DATA], preallocated=True)]) as (disk, _):
+        list(disk.status(0, 512))
+        assert not disk.status_cached(0, 512)
+
+
 def test_map_of_a_raw_file_ends_its_last_data_at_the_last_byte() -> None:
     """As qemu-img and qemu-nbd: the rest of the last sector is a hole that reads as zeros."""
     with disk_of([RawImage(MemoryFile(0, 1000))]) as (disk, _):
