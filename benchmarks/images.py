@@ -163,29 +163,30 @@ def _compressible_pools(randomness: random.Random) -> list[tuple[bytes, int]]:
     log = "".join(
         f"2024-02-29T{second // 3600 % 24:02}:{second // 60 % 60:02}:{second % 60:02} host{randomness.randrange(40)} "
         f"{words[randomness.randrange(50)]}[{randomness.randrange(30000)}]: {words[randomness.randrange(6000)]} "
-        f"id={randomness.getrandbits(48):012x} took {randomness.random():.6f} s\n"
+        f"request {100_000 + second} took {randomness.random():.3f} s\n"
         for second in range(60_000)
     )
     records = b"".join(
-        struct.pack("<QIIdQ", 1 << 40 | index, randomness.randrange(1000), 7, randomness.random(), 0)
+        struct.pack("<QIIdQ", 1 << 40 | index, randomness.randrange(1000), 7, randomness.randrange(4096) / 16, 0)
         for index in range(200_000)
     )
-    return [(prose.encode(), 35), (log.encode(), 25), (records, 20), (randomness.randbytes(8 * MIB), 20)]
+    return [(prose.encode(), 35), (log.encode(), 30), (records, 25), (randomness.randbytes(8 * MIB), 10)]
 
 
 def _build_compressed(compression: str) -> Callable[[Path, Path], None]:
-    """Every cluster is of one kind of data, cut at a random place of its pool; in all, the disk shrinks to half."""
+    """Pieces of a quarter of a cluster, cut at random places of their kind's pool, so that every cluster compresses."""
 
     def build(directory: Path, _work_dir: Path) -> None:
         randomness = random.Random(SEED)
         pools = _compressible_pools(randomness)
         shares = [share for _, share in pools]
+        piece_size = CLUSTER_SIZE // 4
         raw = directory / "disk.raw"
         with raw.open("wb") as file:
-            for _ in range(GUEST_SIZE // CLUSTER_SIZE):
+            for _ in range(GUEST_SIZE // piece_size):
                 ((pool, _),) = randomness.choices(pools, shares)
-                start = randomness.randrange(len(pool) - CLUSTER_SIZE)
-                file.write(pool[start : start + CLUSTER_SIZE])
+                start = randomness.randrange(len(pool) - piece_size)
+                file.write(pool[start : start + piece_size])
         options = f"compression_type={compression},cluster_size={CLUSTER_SIZE}"
         _run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, directory / "disk.qcow2")
         raw.unlink()
@@ -207,8 +208,8 @@ PLAIN = Image("plain", "1 GiB, random bytes, all 64 KiB clusters allocated in or
 CHAIN64 = Image("chain64", "1 GiB, 64 layers, 10 % holes, 10 % hidden, random order; 1", _build_chain(64))
 CHAIN256 = Image("chain256", "1 GiB, 256 layers, 10 % holes, 10 % hidden, random order; 1", _build_chain(256))
 CHAIN1 = Image("chain1", f"one file out of: {CHAIN256.recipe}", _build_flattened, needs=("chain256",))
-ZLIB = Image("zlib", "1 GiB, zlib, 35 % prose, 25 % log, 20 % records, 20 % random; 1", _build_compressed("zlib"))
-ZSTD = Image("zstd", "1 GiB, zstd, 35 % prose, 25 % log, 20 % records, 20 % random; 1", _build_compressed("zstd"))
+ZLIB = Image("zlib", "1 GiB, zlib, 35 % prose, 30 % log, 25 % records, 10 % random; 3", _build_compressed("zlib"))
+ZSTD = Image("zstd", "1 GiB, zstd, 35 % prose, 30 % log, 25 % records, 10 % random; 3", _build_compressed("zstd"))
 FRAGMENTED = Image(
     "frag1T",
     f"1 TiB, {FRAGMENTED_CLUSTERS} lone clusters in random places; 2",

@@ -77,7 +77,7 @@ def _rows(results: Sequence[CaseResult], columns: Sequence[str]) -> list[list[st
                 f"{ratio.low:.2f}–{ratio.high:.2f}" if ratio else "–",
                 _target(result),
                 met,
-                f"COULD NOT RUN: {result.failure}" if result.failure else "; ".join(notes),
+                f"COULD NOT RUN: {' '.join(result.failure.split())}" if result.failure else "; ".join(notes),
             ]
         )
     return rows
