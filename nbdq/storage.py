@@ -63,8 +63,10 @@ class FileStorage:
 
     def read(self, offset: int, length: int) -> bytes:
         """At most ``length`` bytes from ``offset``; fewer only at the end of the file."""
-        buffer = bytearray(length)
-        return bytes(memoryview(buffer)[: self.read_into(offset, memoryview(buffer))])
+        data = os.pread(self.descriptor, length, offset)
+        while 0 < len(data) < length and (more := os.pread(self.descriptor, length - len(data), offset + len(data))):
+            data += more
+        return data
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` from the page cache without ever waiting; False if that cannot be done in full.

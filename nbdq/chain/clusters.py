@@ -1,13 +1,15 @@
 """The inflated-cluster cache: one LRU of decompressed clusters, under one byte budget, for all disks of a process.
 
-A cluster that two readers want at once is inflated once. Clusters expected next are inflated ahead by a small pool.
+A cluster that two readers want at once is inflated once. Clusters expected next are inflated ahead by a pool.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+
+from nbdq.pool import WorkerPool
 
 Load = Callable[[], bytes]
 
@@ -21,13 +23,14 @@ class ClusterCache:
     def __init__(self, *, budget: int, workers: int = 2) -> None:
         """``budget`` bounds the cached bytes; ``workers`` threads inflate ahead, started when first needed."""
         self._budget = budget
+        self._workers = workers
+        self._pool: WorkerPool | None = None
         self._cost = 0
         self._clusters: OrderedDict[Hashable, bytes] = OrderedDict()
-        self._loading: set[Hashable] = set()
+        self._loading: set[Hashable] = set()  # by a thread that is running now, so waiting for it cannot block for ever
+        self._ahead: set[Hashable] = set()
         self._lock = threading.Lock()
         self._loaded = threading.Condition(self._lock)
-        self._ahead = ThreadPoolExecutor(workers, thread_name_prefix="nbdq-inflate")
-        self._ahead_count = 0
 
     def peek(self, key: Hashable) -> bytes | None:
         """The cluster if it is cached now. Never waits for an inflation."""
@@ -52,13 +55,14 @@ class ClusterCache:
         return self._load(key, load)
 
     def get_ahead(self, key: Hashable, load: Load) -> None:
-        """Start inflating a cluster that will probably be wanted soon. A hint: returns at once, errors are dropped."""
+        """Have a cluster inflated that will probably be wanted soon. A hint: returns at once, errors are dropped."""
         with self._lock:
-            if key in self._clusters or key in self._loading or self._ahead_count >= _AHEAD_MAX:
+            if len(self._ahead) >= _AHEAD_MAX or key in self._ahead or key in self._clusters:
                 return
-            self._loading.add(key)
-            self._ahead_count += 1
-        self._ahead.submit(self._load_ahead, key, load)
+            if self._pool is None:
+                self._pool = WorkerPool(self._workers)
+            self._ahead.add(key)
+        self._pool.submit(partial(self._load_ahead, key, load))
 
     def _touch(self, key: Hashable) -> bytes | None:
         cluster = self._clusters.get(key)
@@ -68,7 +72,10 @@ class ClusterCache:
 
     def _load_ahead(self, key: Hashable, load: Load) -> None:
         with self._lock:
-            self._ahead_count -= 1  # it waits no longer
+            self._ahead.discard(key)
+            if key in self._clusters or key in self._loading:
+                return
+            self._loading.add(key)
         with suppress(OSError):  # whoever reads the cluster for real gets the error
             self._load(key, load)
 
@@ -89,6 +96,7 @@ class ClusterCache:
                 self._loaded.notify_all()
 
     def close(self) -> None:
-        """Stop the pool and forget everything. A cluster that was to be loaded ahead may be left out."""
-        self._ahead.shutdown(wait=True, cancel_futures=True)
+        """End the threads, and forget every cluster."""
+        if self._pool is not None:
+            self._pool.close()
         self._clusters.clear()

@@ -125,7 +125,8 @@ class ChainDisk:
                 cluster = self._clusters.peek((self.layers[window.layers[run]], window.hosts[run]))
                 if cluster is None or offset % len(cluster) + count > len(cluster):
                     return None
-                pieces.append(self._cluster_piece(cluster, offset, count))
+                inside = offset % len(cluster)
+                pieces.append(memoryview(cluster)[inside : inside + count])
             elif kind == _CORRUPT:
                 return None
             else:
@@ -150,7 +151,8 @@ class ChainDisk:
                 image = self.layers[window.layers[run]]
                 assert isinstance(image, Qcow2Image)
                 count = min(count, image.cluster_size - offset % image.cluster_size)
-                pieces.append(self._cluster_piece(self._inflate(image, window.hosts[run]), offset, count))
+                inside = offset % image.cluster_size
+                pieces.append(memoryview(self._inflate(image, window.hosts[run]))[inside : inside + count])
             else:
                 view = memoryview(bytearray(count))
                 self._read_piece(window, run, offset, view)
@@ -165,6 +167,7 @@ class ChainDisk:
         return FilePiece(self._files[layer], host, length) if host + length <= self._file_sizes[layer] else None
 
     def _cluster_piece(self, cluster: bytes, offset: int, length: int) -> memoryview:
+        """Part of an inflated cluster, for a read that is small enough to be one of a sequence."""
         inside = offset % len(cluster)
         self._read_ahead(offset - inside, len(cluster))
         return memoryview(cluster)[inside : inside + length]

@@ -8,12 +8,12 @@ import logging
 import socket
 from collections.abc import Sequence
 
+from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
 from nbdq.server.connection import Connection
 from nbdq.server.export import Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener
-from nbdq.server.pool import WorkerPool
 from nbdq.server.session import Resources
 
 _log = logging.getLogger(__name__)

@@ -27,11 +27,11 @@ from nbdq.nbd.transmission import (
     pack_simple_reply,
     wire_errno,
 )
+from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
 from nbdq.server.contexts import encode_extents
 from nbdq.server.limits import ARENA_SIZE, GUARANTEED_BYTES, SENDFILE_LENGTH, STATUS_EXTENTS, Limits
 from nbdq.server.output import Output
-from nbdq.server.pool import WorkerPool
 
 _log = logging.getLogger(__name__)
 
