@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 #: Options are small; a bound on what is parsed in one turn of the loop.
 _RECEIVE_SIZE = 4 << 10
+#: How long a client that has all its answers may take to hang up.
+_LINGER_SECONDS = 1.0
 
 
 class Connection:
@@ -66,22 +68,30 @@ class Connection:
         self._close("server shuts down; drain time is over")
 
     def _on_readable(self) -> None:
+        # uvloop tells of a broken connection only once, perhaps together with its last bytes; if these need no answer,
+        # whose sending would fail, we have to look again.
+        while not self._receive() and not self._closed:
+            pass
+
+    def _receive(self) -> bool:
+        """Take what has come; whether anything more will be heard of the socket, if there is more."""
         try:
             data = self._socket.recv(_RECEIVE_SIZE)
         except (BlockingIOError, InterruptedError):
-            return
+            return True
         except OSError as error:
             self._close(str(error))
-            return
+            return True
         if not data:
             self._close("client left during the handshake")
-            return
+            return True
         try:
             replies = self._handshake.receive(data)
         except ProtocolError as error:
             self._close(str(error))
-            return
+            return True
         self._send(replies)
+        return bool(replies)
 
     def _send(self, replies: list[bytes]) -> None:
         for reply in replies:
@@ -121,9 +131,37 @@ class Connection:
             Transmission(negotiated, self._resources.receive_buffer),
             export.device,
             self._resources,
-            on_end=self._close,
+            on_end=self._hang_up,
         )
         self._session.start(bytes(self._handshake.leftover))
+
+    def _hang_up(self, reason: str) -> None:
+        """Close so that what was sent arrives (P93, P99).
+
+        TCP drops what it has not yet delivered when data comes in on a closed socket; so what a client still sends is
+        read and forgotten, until it hangs up too or has had its time.
+        """
+        if self._socket.family != socket.AF_UNIX:
+            try:
+                self._socket.shutdown(socket.SHUT_WR)
+            except OSError:  # the client is gone already
+                pass
+            else:
+                loop = self._resources.loop
+                loop.add_reader(self._socket.fileno(), self._on_late, reason)
+                self._deadline = loop.call_later(_LINGER_SECONDS, self._close, reason)
+                return
+        self._close(reason)
+
+    def _on_late(self, reason: str) -> None:
+        try:
+            if self._socket.recv(_RECEIVE_SIZE):
+                return
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            pass
+        self._close(reason)
 
     def _close(self, reason: str) -> None:
         if self._closed:
