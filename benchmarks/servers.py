@@ -65,8 +65,12 @@ class Server:
         words = {"{socket}": str(self._socket_path), "{image}": str(self.image_path)}
         argv = [words.get(word, word) for word in kind.argv]
         started = time.perf_counter()
-        with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            with self._log_path.open("wb") as log:
+                self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        except OSError as error:
+            shutil.rmtree(self._directory)
+            raise ServerError(f"{kind.label} cannot be started: {error}") from error
         try:
             self._await_greeting()
         except BaseException:
