@@ -79,7 +79,9 @@ class Session:
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
         self._backlog: deque[RawRequest] = deque()
-        self._in_progress = 0  # requests that the pool has
+        self._in_progress = 0  # requests that the pool has, or has answered into …
+        self._replies: deque[tuple[RawRequest, list[Piece]]] = deque()
+        self._woken = False  # the loop has been told of replies
         self._reserved = 0  # reply bytes taken from the budget …
         self._answered = 0  # … of which these are in the output, and are given back when it is empty
         self._reading = False
@@ -310,12 +312,15 @@ class Session:
             self._resources.pool.submit(partial(self._work, stretch))
 
     def _work(self, requests: list[RawRequest]) -> None:
-        """Pool thread: answer each request, and post the replies to the loop together."""
-        replies = [(request, self._perform(request)) for request in requests]
-        try:
-            self._resources.loop.call_soon_threadsafe(self._finish, replies)
-        except RuntimeError:  # the loop is closed: nobody is left to answer
-            _log.debug("a reply came after the end of the loop")
+        """Pool thread: answer each request; the loop is woken once for all replies that it has not seen yet."""
+        for request in requests:
+            self._replies.append((request, self._perform(request)))
+        if not self._woken:
+            self._woken = True
+            try:
+                self._resources.loop.call_soon_threadsafe(self._finish)
+            except RuntimeError:  # the loop is closed: nobody is left to answer
+                _log.debug("a reply came after the end of the loop")
 
     def _perform(self, request: RawRequest) -> list[Piece]:
         """Pool thread: carry out a valid request; its whole reply."""
@@ -367,10 +372,12 @@ class Session:
         _log.error("%s of %d bytes at %d", name, length, offset, exc_info=error)
         return self._transmission.error_reply(cookie, Errno.EIO, "internal error")
 
-    def _finish(self, replies: list[tuple[RawRequest, list[Piece]]]) -> None:
+    def _finish(self) -> None:
         """Loop thread: queue replies that the pool made."""
-        self._in_progress -= len(replies)
-        for request, pieces in replies:
+        self._woken = False  # before looking: what is appended from now on wakes the loop anew
+        while self._replies:
+            request, pieces = self._replies.popleft()
+            self._in_progress -= 1
             self._answered += _reply_bytes(request)
             self._output.extend(pieces)
         if self._ended:
