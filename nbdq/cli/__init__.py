@@ -3,8 +3,10 @@
 Commands are imported when they are named, so that each starts as fast as what it needs.
 """
 
+import io
 import logging
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -32,22 +34,30 @@ class _Commands(click.Group):
         command: click.Command = getattr(import_module(f"nbdq.cli.{module}"), name)
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         """Errors that a user can cause are one line on stderr and exit status 1."""
         try:
-            return super().invoke(ctx)
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                print(end="", flush=True)  # now, while an error can still be told
         except NbdqError as error:
             _fail(str(error))
         except BrokenPipeError:
-            sys.stderr.close()  # the reader of our output has gone; nothing is left to say
-            ctx.exit(1)
+            _fail("")  # the reader of our output has gone; nothing is left to say
         except OSError as error:
             where = f"{printable(str(error.filename))}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}")
 
 
 def _fail(text: str) -> None:
-    click.echo(f"nbdq: {text}", err=True)
+    try:
+        print(end="", flush=True)
+    except OSError:
+        with suppress(OSError):
+            sys.stdout.close()  # else the interpreter would try again at exit, and complain
+    if text:
+        click.echo(f"nbdq: {text}", err=True)
     sys.exit(1)
 
 
@@ -55,4 +65,6 @@ def _fail(text: str) -> None:
 @click.version_option(__version__, prog_name="nbdq")
 def main() -> None:
     """Serve QCOW2 backing chains over NBD, and look into them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file name is bytes, and leaves as it came
     logging.basicConfig(format="nbdq: %(levelname)s: %(message)s", level=logging.WARNING)

@@ -1,6 +1,5 @@
 """``nbdq map``: what each range of a disk is and which file holds it, in qemu-img's two formats (qcow2.md 4.1)."""
 
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -11,6 +10,7 @@ from nbdq.block import Extent
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_disk
 from nbdq.cli.options import Size, chain_arguments, chain_options
+from nbdq.errors import NbdqError
 
 
 @click.command("map")
@@ -43,19 +43,19 @@ def map_command(
 
 
 def _print_json(extents: Iterator[Extent], start: int) -> None:
-    write = sys.stdout.write
     separator = "["
     # A range that holds nothing is one extent of nothing, as in qemu-img.
     nothing = Extent(start, 0, 0, present=False, zero=False, data=False, compressed=False, offset=None, path="")
     for extent in chain([next(extents, nothing)], extents):
         offset = "" if extent.offset is None else f', "offset": {extent.offset}'
-        write(
+        print(
             f'{separator}{{ "start": {extent.start}, "length": {extent.length}, "depth": {extent.depth}, '
             f'"present": {_boolean(extent.present)}, "zero": {_boolean(extent.zero)}, '
-            f'"data": {_boolean(extent.data)}, "compressed": {_boolean(extent.compressed)}{offset}}}'
+            f'"data": {_boolean(extent.data)}, "compressed": {_boolean(extent.compressed)}{offset}}}',
+            end="",
         )
         separator = ",\n"
-    write("]\n")
+    print("]")
 
 
 def _boolean(value: bool) -> str:
@@ -68,9 +68,7 @@ def _print_human(extents: Iterator[Extent]) -> None:
         if not extent.data or extent.zero:
             continue
         if extent.offset is None:
-            sys.stdout.flush()
-            click.echo("nbdq: File contains external, encrypted or compressed clusters.", err=True)
-            sys.exit(1)
+            raise NbdqError("File contains external, encrypted or compressed clusters.")
         print(f"{_hex(extent.start):<16}{_hex(extent.length):<16}{_hex(extent.offset):<16}{extent.path}")
 
 
