@@ -4,7 +4,8 @@ import asyncio
 import logging
 import os
 import signal
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +16,7 @@ from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.open import open_disk
 from nbdq.cli.options import chain_arguments, chain_options
-from nbdq.errors import ExportError
+from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
@@ -146,11 +147,16 @@ def _one_each(option: str, values: tuple[str, ...], images: tuple[str, ...], *, 
 
 
 def _listen(socket: str | None, bind: str | None, port: int | None, socket_mode: int) -> list[Listener]:
-    listeners = []
-    if socket is not None:
-        listeners.append(listen_unix(socket, mode=socket_mode))
-    if socket is None or bind is not None or port is not None:
-        listeners += listen_tcp(bind or "127.0.0.1", DEFAULT_PORT if port is None else port)
+    listeners: list[Listener] = []
+    try:
+        if socket is not None:
+            listeners.append(listen_unix(socket, mode=socket_mode))
+        if socket is None or bind is not None or port is not None:
+            listeners += listen_tcp(bind or "127.0.0.1", DEFAULT_PORT if port is None else port)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
     return listeners
 
 
@@ -162,29 +168,31 @@ async def _serve(exports: Exports, listeners: list[Listener], limits: Limits, pi
     server = Server(exports, listeners, limits)
     server.start()
     try:
-        if pid_file is not None:
-            _write_pid_file(pid_file)
-        for listener in listeners:
-            for info in exports.list():
-                print(listener.uri(info.name), flush=True)
-        await stop.wait()
+        with _process_id_in(pid_file):
+            for listener in listeners:
+                for info in exports.list():
+                    print(listener.uri(info.name), flush=True)
+            await stop.wait()
     finally:
         await server.stop()
-        if pid_file is not None:
-            _remove_pid_file(pid_file)
 
 
-def _write_pid_file(path: str) -> None:
+@contextmanager
+def _process_id_in(path: str | None) -> Iterator[None]:
+    """Keep our process id in the file at ``path``, if there is to be one, for as long as clients can connect."""
+    if path is None:
+        yield
+        return
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         os.write(descriptor, f"{os.getpid()}\n".encode())
         os.close(descriptor)
     except OSError as error:
-        raise ExportError(f"cannot write the pid file {path}: {error.strerror}") from None
-
-
-def _remove_pid_file(path: str) -> None:
+        raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
     try:
-        os.unlink(path)
-    except OSError as error:
-        print(f"nbdq: cannot remove the pid file {path}: {error.strerror}", file=sys.stderr)
+        yield
+    finally:
+        try:
+            os.unlink(path)
+        except OSError as error:
+            _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
