@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import click
@@ -184,15 +184,13 @@ def _process_id_in(path: str | None) -> Iterator[None]:
         yield
         return
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        os.write(descriptor, f"{os.getpid()}\n".encode())
-        os.close(descriptor)
+        Path(path).write_text(f"{os.getpid()}\n")
     except OSError as error:
         raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
     try:
         yield
     finally:
         try:
-            os.unlink(path)
+            Path(path).unlink(missing_ok=True)
         except OSError as error:
             _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
