@@ -65,11 +65,13 @@ def resolve_chain(
     format: str = "qcow2",
     policy: Policy | None = None,
     backing: Sequence[tuple[str, str]] | None = None,
+    describe: bool = False,
 ) -> list[ResolvedLayer]:
     """Open and lock the image at ``path`` and all layers below it; top first. The caller owns what is returned.
 
     ``backing`` overrules the headers: the layers below the top are exactly these (format, path) pairs of the operator,
-    and none at all if it is empty (F4). On failure everything that was opened is closed again.
+    and none at all if it is empty (F4). With ``describe`` the layers are only to be talked about: encrypted images are
+    welcome, and data files stay closed (R-37). On failure everything that was opened is closed again.
 
     Raises:
         ChainError: a layer or data file is missing, refused, undeclared or a repetition, or the chain is too deep.
@@ -79,7 +81,7 @@ def resolve_chain(
         ImageError: a header cannot be read, or a file cannot be locked where that is demanded.
     """
     with ExitStack() as opened:
-        walk = _Walk(path, policy or Policy(), opened)
+        walk = _Walk(path, policy or Policy(), opened, describe=describe)
         walk.add_named(path, _supported(format, path, "format"))
         if backing is None:
             while walk.follow():
@@ -94,8 +96,9 @@ def resolve_chain(
 class _Walk:
     """A chain while it is being resolved. What it opens is registered with ``opened``."""
 
-    def __init__(self, top: str, policy: Policy, opened: ExitStack) -> None:
+    def __init__(self, top: str, policy: Policy, opened: ExitStack, *, describe: bool) -> None:
         self.layers: list[ResolvedLayer] = []
+        self._describe = describe
         self._policy = policy
         self._gate = Gate(top, policy)
         self._opened = opened
@@ -131,10 +134,10 @@ class _Walk:
         header = data_storage = None
         if format is Format.QCOW2:
             try:
-                header = read_header(storage)
+                header = read_header(storage, describe=self._describe)
             except OSError as error:
                 raise ImageError(storage.path, f"cannot be read: {error.strerror}") from error
-            if header.has_data_file:
+            if header.has_data_file and not self._describe:
                 data_storage = self._open_data_file(storage.path, header.data_file_name)
         self.layers.append(ResolvedLayer(storage.path, format, storage, header, data_storage))
 

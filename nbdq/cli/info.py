@@ -62,11 +62,9 @@ def _describe_image(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def _describe_chain(path: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The image and all layers below, which must be there and allowed; loops are errors."""
     with ExitStack() as opened:
-        layers = resolve_chain(path, **arguments)
+        layers = resolve_chain(path, **arguments, describe=True)
         for layer in layers:
             opened.callback(layer.storage.close)
-            if layer.data_storage is not None:
-                opened.callback(layer.data_storage.close)
         return [_describe(layer.storage, layer.header) for layer in layers]
 
 
