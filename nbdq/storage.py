@@ -32,8 +32,9 @@ class FileStorage:
         self._cached_reads = bool(_NOWAIT)
         self._probe = memoryview(bytearray(1))
         status = os.fstat(descriptor)
-        self.identity = (status.st_dev, status.st_ino)
         self.is_block_device = stat.S_ISBLK(status.st_mode)
+        #: Equal for two storages of one file or device, by whatever name they were opened.
+        self.identity = (0, status.st_rdev) if self.is_block_device else (status.st_dev, status.st_ino)
         if not self.is_block_device and not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file or block device", path)
 
