@@ -4,7 +4,6 @@ Commands are imported when they are named, so that each starts as fast as what i
 """
 
 import io
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from nbdq import __version__
+from nbdq.cli.logs import configure_logging
 from nbdq.errors import NbdqError, printable
 
 # numpy starts a thread for each core at import, for linear algebra that nbdq never does: a third of the start-up time.
@@ -71,4 +71,4 @@ def main() -> None:
     """Serve QCOW2 backing chains over NBD, and look into them."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a file name is bytes, and leaves as it came
-    logging.basicConfig(format="nbdq: %(levelname)s: %(message)s", level=logging.WARNING)
+    configure_logging(verbosity=0, log_format="text")

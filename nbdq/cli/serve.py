@@ -1,7 +1,6 @@
 """``nbdq serve``: images to exports, until a signal says stop."""
 
 import asyncio
-import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import uvloop
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.open import open_disk
+from nbdq.cli.logs import configure_logging
 from nbdq.cli.options import chain_arguments, chain_options
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import DEFAULT_PORT
@@ -22,8 +22,6 @@ from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
-
-_log = logging.getLogger(__name__)
 
 
 class _Mode(click.ParamType[int]):
@@ -80,6 +78,13 @@ class _Mode(click.ParamType[int]):
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
 @click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines for people, or an object a line.",
+)
 @click.option("-v", "--verbose", count=True, help="Log clients; twice: everything.")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
 def serve_command(
@@ -96,6 +101,7 @@ def serve_command(
     shared: int,
     persistent: bool,
     pid_file: str | None,
+    log_format: str,
     verbose: int,
     **chain: Any,
 ) -> None:
@@ -103,7 +109,7 @@ def serve_command(
 
     Prints the URI of each export when clients can connect. SIGTERM or SIGINT ends it cleanly.
     """
-    logging.getLogger().setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+    configure_logging(verbosity=verbose, log_format=log_format)
     if len(images) > 1 and (chain["backing"] or snapshot):
         raise click.UsageError("--backing and --load-snapshot are for a single IMAGE")
     limits = Limits()
