@@ -1,6 +1,7 @@
 """``nbdq serve``: images to exports, until a signal says stop."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
+
+
+_log = logging.getLogger(__name__)
 
 
 class _Mode(click.ParamType[int]):
