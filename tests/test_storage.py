@@ -122,10 +122,14 @@ def test_a_read_that_the_system_answers_in_parts_is_completed(
     storage: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linux returns at most 2 GiB at once, and less on a signal."""
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:777]], offset))
-    assert storage.read(1000, 10_000) == CONTENT[1000:11_000]
-    assert storage.read(299_000, 10_000) == CONTENT[299_000:]
+    preadv, pread = os.preadv, os.pread
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:777]], offset))
+    monkeypatch.setattr(os, "pread", lambda fd, length, offset: pread(fd, min(length, 777), offset))
+    for offset in (1000, 299_000):
+        view = memoryview(bytearray(10_000))
+        expected = CONTENT[offset : offset + 10_000]
+        assert view[: storage.read_into(offset, view)] == expected
+        assert storage.read(offset, 10_000) == expected
 
 
 def test_a_failing_medium_raises(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +137,11 @@ def test_a_failing_medium_raises(storage: FileStorage, monkeypatch: pytest.Monke
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(OSError, match="Input/output error"):
         storage.read(0, 512)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.read_into(0, memoryview(bytearray(512)))
 
 
 def test_threads_read_without_moving_each_other(storage: FileStorage) -> None:

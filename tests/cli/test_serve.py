@@ -1,0 +1,197 @@
+"""``nbdq serve``: what it takes, what it refuses before anybody can connect, and what it leaves behind."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from tests.qcow2.minimal import minimal_image
+from tests.support.cli import run_nbdq
+from tests.support.serving import refusal, serve
+from tests.support.tools import requires, run
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(minimal_image())
+    return path
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    path = tmp_path / "other.qcow2"
+    path.write_bytes(minimal_image())
+    return path
+
+
+def usage_error(*words: str | Path) -> str:
+    """What is said about wrong usage, which is found before anything is opened."""
+    result = run_nbdq("serve", *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr.splitlines()[-1]
+
+
+def error(*words: str | Path) -> str:
+    """The one line that is said when the server cannot start."""
+    result = run_nbdq("serve", *words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["-p", "65536"], "65536 is not in the range"),
+        (["-p", "-1"], "-1 is not in the range"),
+        (["-e", "-1"], "-1 is not in the range"),
+        (["--socket-mode", "rw"], "'rw' is not an octal file mode such as 0660"),
+        (["--socket-mode", "999"], "'999' is not an octal file mode"),
+        (["--socket-mode", "1777"], "'1777' is not an octal file mode"),
+        (["--socket-mode=-1"], "'-1' is not an octal file mode"),
+        (["-x", "a", "-x", "b"], "--export-name is given 2 times for 1 images"),
+        (["-D", "a", "-D", "b"], "--description is given 2 times for 1 images"),
+    ],
+)
+def test_impossible_options_are_refused(options: list[str], complaint: str, image: Path) -> None:
+    assert complaint in usage_error(*options, image)
+
+
+def test_each_of_several_images_needs_a_name_of_its_own(image: Path, other: Path, tmp_path: Path) -> None:
+    assert "--export-name is given 1 times for 2 images" in usage_error("-x", "a", image, other)
+    assert "--description is given 1 times for 2 images" in usage_error("-D", "a", image, other)
+    assert "two exports are named 'a'" in error("-x", "a", "-x", "a", image, other)
+    (tmp_path / "elsewhere").mkdir()
+    twin = tmp_path / "elsewhere" / image.name
+    twin.write_bytes(minimal_image())
+    assert "two exports are named 'disk'" in error(image, twin)
+
+
+def test_options_about_one_chain_are_for_one_image(image: Path, other: Path) -> None:
+    for options in (["--backing", "none"], ["--backing", f"qcow2:{other}"], ["-l", "snapshot"]):
+        assert "are for a single IMAGE" in usage_error(*options, image, other)
+
+
+@pytest.mark.parametrize("option", ["-x", "-D"])
+def test_names_must_fit_the_protocol(option: str, image: Path) -> None:
+    """P2."""
+    assert "4096" in error(option, "x" * 4097, image)
+    error(option, "caf\udce9", image)
+
+
+def test_a_missing_snapshot_is_refused_with_those_there_are(image: Path) -> None:
+    assert "there is no internal snapshot 'monday'; the image has none" in error("-l", "monday", image)
+    assert "a raw image has no internal snapshots" in error("-f", "raw", "-l", "monday", image)
+
+
+def test_an_address_that_cannot_be_had_is_named(image: Path, tmp_path: Path) -> None:
+    assert "cannot listen on 192.0.2.1 port 10809" in error("-b", "192.0.2.1", image)
+    assert f"cannot listen on {tmp_path}/none/socket" in error("-k", tmp_path / "none" / "socket", image)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1 port {port}" in error("-p", str(port), image)
+
+
+def test_a_server_that_cannot_start_leaves_no_socket_behind(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    error("-k", path, "-b", "192.0.2.1", image)
+    assert not path.exists()
+
+
+def test_a_pid_file_that_cannot_be_written_is_the_only_complaint(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none" / "pid"
+    assert error("-k", tmp_path / "socket", "--pid-file", path, image).startswith(
+        f"nbdq: cannot write the pid file {path}: "
+    )
+    assert not (tmp_path / "socket").exists()
+
+
+def test_what_is_no_image_is_refused_before_anybody_can_connect(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none.qcow2"
+    assert f"nbdq: {path}: " in refusal(image, path)
+
+
+# What is served.
+
+
+def test_the_uri_is_printed_when_clients_can_connect(image: Path) -> None:
+    with serve(image) as server:
+        assert server.printed_uri == f"nbd+unix:///?socket={quote(str(server.socket))}"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(server.socket))
+            assert client.recv(8) == b"NBDMAGIC"
+    assert not server.socket.exists()
+
+
+def test_the_unix_socket_is_the_owners_alone_unless_told_otherwise(image: Path) -> None:
+    """R-41."""
+    for options, mode in (([], 0o600), (["--socket-mode", "0660"], 0o660)):
+        with serve(*options, image) as server:
+            assert stat.S_IMODE(os.stat(server.socket).st_mode) == mode
+
+
+@requires("nbdinfo")
+def test_several_images_are_exports_under_their_file_names(image: Path, other: Path) -> None:
+    with serve(image, other) as server:
+        for name in ("disk", "other"):
+            assert run("nbdinfo", "--size", server.uri(name)) == "1048576\n"
+        assert run("nbdinfo", "--list", server.uri()).count("export=") == 2
+
+
+@requires("nbdinfo")
+def test_names_and_descriptions_are_given_in_the_order_of_the_images(image: Path, other: Path) -> None:
+    with serve("-x", "first", "-x", "größe", "-D", "one", "-D", "two", image, other) as server:
+        listing = run("nbdinfo", "--list", server.uri())
+        assert listing.index("first") < listing.index("description: one") < listing.index("description: two")
+        assert run("nbdinfo", "--size", server.uri("größe")) == "1048576\n"
+
+
+@requires("nbdinfo")
+def test_tcp_and_unix_are_served_together(image: Path) -> None:
+    with serve("-p", "0", image) as server:
+        assert server.process.stdout is not None
+        uri = server.process.stdout.readline().decode().strip()
+        assert uri.startswith("nbd://127.0.0.1:")
+        assert run("nbdinfo", "--size", uri) == run("nbdinfo", "--size", server.uri())
+
+
+def test_the_pid_file_is_there_while_clients_can_connect(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("an old one\n")
+    with serve("--pid-file", path, image) as server:
+        assert path.read_text() == f"{server.process.pid}\n"
+    assert not path.exists()
+
+
+def test_a_pid_file_that_went_away_is_no_error(image: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with serve("--pid-file", path, image) as server:
+        path.unlink()
+        assert server.terminate() == 0
+        assert server.stderr == ""
+    with serve("--pid-file", path, image) as server:
+        path.unlink()
+        path.mkdir()  # somebody plays tricks
+        assert server.terminate() == 0
+        assert f"cannot remove the pid file {path}" in server.stderr
+
+
+@requires("nbdinfo")
+def test_serving_is_quiet_unless_asked_to_tell_of_clients(image: Path) -> None:
+    for options, told in (([], []), (["-v"], ["INFO"]), (["-vv"], ["DEBUG", "INFO"])):
+        with serve(*options, image) as server:
+            run("nbdinfo", "--size", server.uri())
+            assert server.terminate() == 0
+            assert sorted({line.split(": ")[1] for line in server.stderr.splitlines()}) == told
+
+
+def test_options_of_qemu_nbd_that_change_nothing_are_taken(image: Path) -> None:
+    with serve("-r", "-t", "-e", "3", image):
+        pass
