@@ -4,6 +4,7 @@ Every test runs over every variant of ``tests/support/variants.py``; one server 
 """
 
 import filecmp
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import pytest
 
 from tests.support import oracles
 from tests.support.cli import nbdq, run_nbdq
-from tests.support.images import Image, Variant, build
+from tests.support.images import Image, Layer, Variant, build
 from tests.support.oracles import Status
-from tests.support.serving import Server, qemu_nbd, serve
+from tests.support.serving import Server, qemu_nbd, refusal, serve
 from tests.support.tools import execute, requires, run
-from tests.support.variants import SNAPSHOTS, VARIANTS, single
+from tests.support.variants import KINDS, SNAPSHOTS, VARIANTS, single
 
 pytestmark = requires("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo", "nbdcopy")
 
@@ -139,6 +140,8 @@ def test_an_internal_snapshot_is_served_as_qemu_nbd_serves_it(variant: Variant, 
         assert filecmp.cmp(tmp_path / "nbdq.raw", tmp_path / "qemu.raw", shallow=False)
         for context in ("base:allocation", "qemu:allocation-depth"):
             assert oracles.block_status([server.uri()], context) == oracles.block_status(peer, context)
+    mapped = json.loads(nbdq("map", "--output=json", "-S", name, image.top))
+    assert oracles.status_of_map(mapped) == oracles.block_status(peer)
 
 
 @pytest.mark.parametrize("resize", ["resize 80c", "resize 20c"])
@@ -161,3 +164,19 @@ def test_a_relative_data_file_is_found_beside_its_image(tmp_path: Path) -> None:
     with serve("--allow-data-file", image.top, cwd=Path("/")) as server:
         run("nbdcopy", server.uri(), tmp_path / "nbdq")
     assert filecmp.cmp(tmp_path / "nbdq", tmp_path / "qemu", shallow=False)
+
+
+def test_an_explicit_chain_is_served_whatever_the_headers_say(tmp_path: Path) -> None:
+    """F4: the layers were moved since, and their headers name files that are gone."""
+    chain = Variant(
+        "moved", (Layer("4M", KINDS, format="raw"), Layer("4M", ("write 3c 2c",)), Layer("4M", ("zero 5c 1c",)))
+    )
+    image = build(chain, tmp_path)
+    run("qemu-img", "convert", "-O", "raw", image.top, tmp_path / "qemu")
+    moved = [path.rename(path.with_name(f"moved-{path.name}")) for path in image.paths]
+    assert "0.raw" in refusal(moved[1])
+    with serve("--backing", f"qcow2:{moved[1]}", "--backing", f"raw:{moved[0]}", moved[2]) as server:
+        run("nbdcopy", server.uri(), tmp_path / "nbdq")
+    assert filecmp.cmp(tmp_path / "nbdq", tmp_path / "qemu", shallow=False)
+    with serve("--backing", "none", moved[2]) as server:
+        assert oracles.block_status([server.uri()]) == [(0, 4 << 20, 3)]

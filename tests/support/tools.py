@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-#: Debian keeps nbd-client and nbd-server where only root's PATH looks.
+#: Debian keeps nbd-client where only root's PATH looks.
 SEARCH_PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 #: Seconds until a tool counts as hung; generous, because it only bounds failures.
