@@ -76,7 +76,7 @@ class ClusterCache:
             if key in self._clusters or key in self._loading:
                 return
             self._loading.add(key)
-        with suppress(OSError):  # whoever reads the cluster for real gets the error
+        with suppress(Exception):  # whoever reads the cluster for real gets the error
             self._load(key, load)
 
     def _load(self, key: Hashable, load: Load) -> bytes:

@@ -38,8 +38,8 @@ def map_command(
         else:
             _print_human(extents)
     finally:
-        disk.close()
         clusters.close()
+        disk.close()
 
 
 def _print_json(extents: Iterator[Extent], start: int) -> None:

@@ -138,9 +138,9 @@ def serve_command(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(directory, listeners, limits, pid_file))
     finally:
+        clusters.close()  # first, because it may be reading the disks
         for disk in disks:
             disk.close()
-        clusters.close()
 
 
 def _export_names(names: tuple[str, ...], images: tuple[str, ...]) -> list[str]:

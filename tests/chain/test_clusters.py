@@ -133,10 +133,27 @@ def test_a_mistake_of_ours_does_not_lock_the_cluster_for_ever(cache: ClusterCach
 
 
 def test_a_cluster_inflated_ahead_is_there_when_it_is_wanted(cache: ClusterCache) -> None:
-    cache.get_ahead("a", lambda: b"data")
+    slow = Slow(lambda: b"data")
+    slow.let_go.set()
+    cache.get_ahead("a", slow)
+    assert slow.entered.wait(PATIENCE)
     assert cache.get("a", never) == b"data"
     cache.get_ahead("a", never)
     assert cache.get("a", never) == b"data"
+
+
+def test_a_reader_does_not_wait_for_a_cluster_that_nobody_inflates_yet() -> None:
+    """It may stand far behind in the queue."""
+    cache = ClusterCache(budget=1000, workers=1)
+    slow = Slow(lambda: b"other")
+    cache.get_ahead("a", slow)
+    assert slow.entered.wait(PATIENCE)
+    ahead: list[bytes] = []
+    cache.get_ahead("b", lambda: ahead.append(b"again") or b"again")  # type: ignore[func-returns-value]
+    assert cache.get("b", lambda: b"data") == b"data"
+    slow.let_go.set()
+    cache.close()
+    assert ahead == []
 
 
 def test_inflating_ahead_does_not_wait_and_is_not_done_twice(cache: ClusterCache) -> None:
@@ -196,13 +213,15 @@ def test_mistakes_ahead_do_not_stop_inflating_ahead(cache: ClusterCache) -> None
     wait_until_taken(cache)
 
 
-def test_closing_forgets_what_waits() -> None:
+def test_closing_waits_for_what_is_being_inflated_and_forgets_everything() -> None:
+    """Afterwards the images can be closed."""
     cache = ClusterCache(budget=1000, workers=1)
     slow = Slow(lambda: b"data")
     cache.get_ahead("a", slow)
-    cache.get_ahead("b", never)
     assert slow.entered.wait(PATIENCE)
     closing = started(cache.close)
+    closing.join(0.05)
+    assert closing.is_alive()
     slow.let_go.set()
     closing.join(PATIENCE)
     assert not closing.is_alive()
