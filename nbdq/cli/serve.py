@@ -24,7 +24,6 @@ from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
 
-
 _log = logging.getLogger(__name__)
 
 
