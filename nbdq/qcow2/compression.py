@@ -40,9 +40,10 @@ def _inflate_deflate(data: bytes, cluster_size: int) -> bytes:
         cluster: bytes = bytes(deflate.deflate_decompress(data, cluster_size))
     except deflate.DeflateError:
         # libdeflate wants the stream to end exactly at the cluster's end; QEMU accepts any stream that fills the
-        # cluster (Q52), so zlib has the last word.
+        # cluster (Q52), so zlib has the last word. Not with the 12-bit window that writers use: QEMU inflates in one
+        # call, where zlib sees all of its output, and a match may reach back as far as deflate can say.
         try:
-            cluster = zlib.decompressobj(-12).decompress(data, cluster_size)
+            cluster = zlib.decompressobj(-15).decompress(data, cluster_size)
         except zlib.error as error:
             raise OSError(errno.EIO, f"damaged deflate data: {error}") from None
     return _complete(cluster, cluster_size)
