@@ -43,9 +43,18 @@ SUBCLUSTERS = (
 )
 
 
-def single(name: str, options: str = "", steps: tuple[str, ...] = KINDS, size: str = "40c", **rest: object) -> Variant:
+def single(
+    name: str,
+    options: str = "",
+    steps: tuple[str, ...] = KINDS,
+    size: str = "40c",
+    *,
+    serve: tuple[str, ...] = (),
+    snapshots: tuple[str, ...] = (),
+    huge: bool = False,
+) -> Variant:
     """A disk of one image."""
-    return Variant(name, (Layer(size, steps, options),), **rest)  # type: ignore[arg-type]
+    return Variant(name, (Layer(size, steps, options),), serve, snapshots, huge)
 
 
 def _geometry() -> list[Variant]:
@@ -198,8 +207,8 @@ def _chains() -> list[Variant]:
     over = Layer("40c", ("write 1c 2c", "zero 8c 1c", "unmap 12c 2c", "write 20c+512 512", "discard 30c 1c"))
     found = [depth_chain(depth) for depth in (*range(1, 21), 100)]
 
-    def chain(name: str, *layers: Layer, **rest: object) -> None:
-        found.append(Variant(name, layers, **rest))  # type: ignore[arg-type]
+    def chain(name: str, *layers: Layer, serve: tuple[str, ...] = (), huge: bool = False) -> None:
+        found.append(Variant(name, layers, serve, huge=huge))
 
     # names
     chain(
