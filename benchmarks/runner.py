@@ -28,7 +28,7 @@ def content_error(server: Server) -> str | None:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=VERIFY_DEADLINE_S)
     except subprocess.TimeoutExpired:
         return f"qemu-img compare got no end of it within {VERIFY_DEADLINE_S:.0f} s"
-    return None if done.returncode == 0 else f"{done.stdout.strip()} {done.stderr.strip()}".strip()
+    return None if done.returncode == 0 else f"{done.stdout} {done.stderr} (the server: {server.last_words()})"
 
 
 class Race:

@@ -89,7 +89,7 @@ class Server:
 
     def check_alive(self) -> None:
         if self._process.poll() is not None:
-            raise ServerError(f"{self.kind.label} exited with status {self._process.returncode}: {self._last_words()}")
+            raise ServerError(f"{self.kind.label} exited with status {self._process.returncode}: {self.last_words()}")
 
     def cpu_seconds(self) -> float:
         """User and system time of all its threads so far."""
@@ -134,9 +134,10 @@ class Server:
                     if client.recv(len(GREETING)) == GREETING:
                         return
             time.sleep(0.0005)
-        raise ServerError(f"{self.kind.label} sent no greeting within {START_DEADLINE_S:.0f} s: {self._last_words()}")
+        raise ServerError(f"{self.kind.label} sent no greeting within {START_DEADLINE_S:.0f} s: {self.last_words()}")
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of its stderr."""
         return " / ".join(self._log_path.read_text(errors="replace").splitlines()[-3:]) or "it said nothing"
 
 
