@@ -19,6 +19,7 @@ from nbdq.chain.index import Layer
 from nbdq.chain.open import open_disk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
+from nbdq.errors import ExportError
 from tests.chain.model import DAMAGED, SECTOR, MemoryFile, Model, Sector, TableImage, inflated, random_chain
 from tests.support.tools import requires, run
 
@@ -468,6 +469,30 @@ def test_a_preallocated_image_is_mapped_as_by_qemu_img(options: str, cut: int | 
     disk.close()
     clusters.close()
     assert ours == theirs
+
+
+# Opening and closing.
+
+
+@requires("qemu-img")
+def test_a_disk_that_cannot_be_opened_leaves_no_file_open(tmp_path: Path) -> None:
+    """Whatever of its chain, data files included, was open already."""
+    run("qemu-img", "create", "-q", "-f", "raw", "base.raw", "1M", cwd=tmp_path)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file=guest.data", "a.qcow2", "1M", cwd=tmp_path)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "b.qcow2", cwd=tmp_path)
+    clusters = ClusterCache(budget=0)
+    before = os.listdir("/proc/self/fd")
+    for name in ("a.qcow2", "b.qcow2"):
+        with pytest.raises(ExportError, match="no internal snapshot 'monday'"):
+            open_disk(
+                str(tmp_path / name),
+                format="qcow2",
+                policy=Policy(allow_data_file=True),
+                clusters=clusters,
+                snapshot="monday",
+            )
+        assert os.listdir("/proc/self/fd") == before
+    clusters.close()
 
 
 def test_closing_a_disk_closes_every_layer() -> None:

@@ -161,6 +161,24 @@ def segments_of(sizes: list[int]) -> list[tuple[int, int, int]]:
     return found  # type: ignore[return-value]
 
 
+def test_what_a_raw_layer_holds_behind_the_end_of_the_disk_is_not_seen() -> None:
+    """The disk may end inside of a cluster, and the raw file change from hole to data behind that."""
+    zero = np.zeros(1, dtype=np.uint8)
+    top = TableImage(
+        MemoryFile(0, 0),
+        size=3 * 4096 + 512,
+        cluster_size=65536,
+        granule=65536,
+        kinds=zero,
+        hosts=zero.astype(np.uint64),
+    )
+    raw = RawImage(MemoryFile(1, 65536, holes=[True, False] * 8))
+    index = ChainIndex([top, raw], budget=1000)
+    assert_whole(index, Model([top, raw]))
+    assert index.window(0).runs.start.tolist() == [0, 4096, 8192, 12288]
+    close([top, raw])
+
+
 # Budget and threads.
 
 
