@@ -4,9 +4,9 @@ Knows layers, the index and the inflated-cluster cache. Must not know NBD, socke
 """
 
 import errno
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from nbdq.qcow2.image import Qcow2Image
 
 #: Memory for index windows, for each disk.
 INDEX_BUDGET = 32 << 20
+_FIRST_CHUNK = 32
 #: Guest bytes inflated ahead of a sequential reader: a deep queue of small reads spans more than one cluster.
 _READ_AHEAD = 256 << 10
 
@@ -209,17 +210,28 @@ class ChainDisk:
             view[:] = bytes(len(view))
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
-        """(runs, end) chunks that cover the range exactly, with holes of preallocated files made visible (P5)."""
+        """(runs, end) chunks that cover the range exactly, with holes of preallocated files made visible (P5).
+
+        The first chunk is short, for those who want no more than the first extent.
+
+        Raises:
+            OSError: a table cannot be read.
+        """
         end = offset + length
+        chunk = _FIRST_CHUNK
         for window in self._index.spans(offset, end):
-            runs, stop = window.runs, min(window.end, end)
-            first = int(np.searchsorted(runs.start, offset, side="right")) - 1
-            last = int(np.searchsorted(runs.start, stop, side="left"))
-            if first > 0 or last < len(runs.start) or int(runs.start[0]) < offset:
-                start = runs.start[first:last].copy()
-                start[0] = max(int(start[0]), offset)
-                runs = runs_at(runs, start)
-            yield self._split_at_file_holes(runs, stop), stop
+            stop = min(window.end, end)
+            first, last = window.find(offset), window.find(stop - 1) + 1
+            while first < last:
+                following = min(first + chunk, last)
+                chunk_end = stop if following == last else window.starts[following]
+                runs = window.runs
+                if following - first < len(window.kinds) or window.starts[first] < offset:
+                    start = runs.start[first:following].copy()
+                    start[0] = max(window.starts[first], offset)
+                    runs = runs_at(runs.where(slice(first, following)), start)
+                yield self._split_at_file_holes(runs, chunk_end), chunk_end
+                first, chunk = following, sys.maxsize
             offset = stop
 
     def _split_at_file_holes(self, runs: Runs, end: int) -> Runs:
@@ -228,10 +240,7 @@ class ChainDisk:
             return runs
         starts: list[int] = []
         holes: list[bool] = []
-        bounds = pairwise((*runs.start.tolist(), end))
-        for (low, high), kind, depth, host in zip(
-            bounds, runs.kind.tolist(), runs.layer.tolist(), runs.host.tolist(), strict=True
-        ):
+        for low, high, kind, depth, host in runs.each(end):
             if kind == _DATA and depth in depths:
                 for start, _, is_data in self._files[depth].data_ranges(host, host + high - low):
                     starts.append(low + start - host)
@@ -241,6 +250,24 @@ class ChainDisk:
                 holes.append(False)
         split = runs_at(runs, np.array(starts, dtype=np.uint64))
         return split._replace(kind=np.where(holes, np.uint8(Kind.DATA_HOLE), split.kind))
+
+    def _sound_runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
+        """As :meth:`runs`, up to the first corrupt one.
+
+        Raises:
+            OSError: EIO where metadata is corrupt, after everything before it; or a table cannot be read.
+        """
+        for runs, end in self.runs(offset, length):
+            corrupt = np.flatnonzero(runs.kind == _CORRUPT)
+            if not len(corrupt):
+                yield runs, end
+                continue
+            first = int(corrupt[0])
+            start = int(runs.start[first])
+            if first:
+                yield runs.where(slice(first)), start
+            path = self.layers[int(runs.layer[first])].path
+            raise OSError(errno.EIO, f"corrupt table entry for guest offset {start}", path)
 
     def _preallocated_layers(self) -> frozenset[int]:
         """The layers whose files must be asked for holes (P5); looked up once, when first asked."""
@@ -263,36 +290,25 @@ class ChainDisk:
         """Block status of the range, in ascending chunks that together cover it exactly.
 
         Raises:
-            OSError: EIO where metadata is corrupt, or a table cannot be read.
+            OSError: EIO where metadata is corrupt, after everything before it; or a table cannot be read.
         """
         bottom = len(self.layers) - 1
-        for runs, end in self.runs(offset, length):
-            self._refuse_corrupt(runs)
+        for runs, end in self._sound_runs(offset, length):
             depth = runs.layer + np.uint16(1)
             unallocated = runs.kind <= Kind.UNALLOCATED_OFFSET
             # A layer that ends too early counts as the one that provides the zeros behind its end (P7).
             depth[unallocated] = np.where(runs.layer[unallocated] == bottom, 0, runs.layer[unallocated] + np.uint16(2))
             yield Status(runs.start, runs.kind, depth, end)
 
-    def _refuse_corrupt(self, runs: Runs) -> None:
-        corrupt = np.flatnonzero(runs.kind == _CORRUPT)
-        if len(corrupt):
-            path = self.layers[int(runs.layer[corrupt[0]])].path
-            raise OSError(errno.EIO, f"corrupt table entry for guest offset {int(runs.start[corrupt[0]])}", path)
-
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What ``qemu-img map`` says of the range: merged where nothing but the position differs (4.1).
 
         Raises:
-            OSError: EIO where metadata is corrupt, or a table cannot be read.
+            OSError: EIO where metadata is corrupt, after everything before it; or a table cannot be read.
         """
         pending: Extent | None = None
-        for runs, end in self.runs(offset, length):
-            self._refuse_corrupt(runs)
-            bounds = pairwise((*runs.start.tolist(), end))
-            for (low, high), kind, depth, host in zip(
-                bounds, runs.kind.tolist(), runs.layer.tolist(), runs.host.tolist(), strict=True
-            ):
+        for runs, end in self._sound_runs(offset, length):
+            for low, high, kind, depth, host in runs.each(end):
                 extent = Extent(
                     low,
                     high - low,
@@ -316,10 +332,7 @@ class ChainDisk:
     def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel for the file ranges behind a guest range. A hint."""
         for runs, end in self.runs(offset, length):
-            bounds = pairwise((*runs.start.tolist(), end))
-            for (low, high), kind, depth, host in zip(
-                bounds, runs.kind.tolist(), runs.layer.tolist(), runs.host.tolist(), strict=True
-            ):
+            for low, high, kind, depth, host in runs.each(end):
                 if kind == _DATA:
                     self._files[depth].prefetch(host, high - low)
 

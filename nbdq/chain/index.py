@@ -47,8 +47,14 @@ class Runs(NamedTuple):
     """The layer that decides; for UNALLOCATED the lowest one that is long enough (P2)."""
     host: NDArray[np.uint64]
 
-    def where(self, mask: NDArray[np.bool_]) -> "Runs":
+    def where(self, mask: NDArray[np.bool_] | slice) -> "Runs":
+        """Some of the runs, with their ends where they were."""
         return Runs(self.start[mask], self.kind[mask], self.layer[mask], self.host[mask])
+
+    def each(self, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """(start, end, kind, layer, host) of each run; the last one reaches to ``end``."""
+        starts = self.start.tolist()
+        return zip(starts, [*starts[1:], end], self.kind.tolist(), self.layer.tolist(), self.host.tolist(), strict=True)
 
 
 class Segment(NamedTuple):

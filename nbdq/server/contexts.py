@@ -1,6 +1,6 @@
 """Metadata contexts: from a disk's block status to the extents of the wire (P117-P119, P6, P7)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,15 @@ def encode_extents(context: str, statuses: Iterable[Status], *, limit: int) -> b
     """Big-endian (length, flags) pairs for the wire, at most ``limit``, neighbours with equal flags merged.
 
     ``statuses`` must cover less than 4 GiB; it is consumed only as far as the limit needs.
+
+    Raises:
+        OSError: there is no status even for the beginning.
     """
     flags_of = FLAGS[context]
     starts: list[NDArray[np.uint64]] = []
     flags: list[NDArray[np.uint32]] = []
     count, end = 0, 0
-    for status in statuses:
+    for status in _as_far_as_possible(statuses):
         values = flags_of(status)
         changes = np.flatnonzero(values[1:] != values[:-1]) + 1
         first_is_new = not flags or flags[-1][-1] != values[0]
@@ -48,3 +51,15 @@ def encode_extents(context: str, statuses: Iterable[Status], *, limit: int) -> b
     pairs[:, 0] = np.diff(bounds)[:count]
     pairs[:, 1] = np.concatenate(flags)[:count]
     return pairs.tobytes()
+
+
+def _as_far_as_possible(statuses: Iterable[Status]) -> Iterator[Status]:
+    """Stop before an error; it comes back to the client when that asks again from there (P117)."""
+    found = False
+    try:
+        for status in statuses:
+            found = True
+            yield status
+    except OSError:
+        if not found:
+            raise
