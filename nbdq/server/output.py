@@ -33,6 +33,10 @@ class Output:
         """Queue several pieces that belong together."""
         self._pieces.extend(pieces)
 
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._pieces.clear()
+
     def flush(self) -> bool:
         """Send what the socket takes now; True when nothing waits any more.
 

@@ -39,6 +39,12 @@ _READ = int(Command.READ)
 _COMMAND_MASK = 0xFFFF
 #: Requests that fall into one stretch of this size go to one worker: they probably wait for the same cluster.
 _STRETCH_BITS = 16
+#: A batch ends when it has gathered so many bytes outside of its arena; the send buffer takes no more at once.
+_BATCH_LENGTH = 2 << 20
+#: Batches that one client gets before others have their turn, however fast it reads.
+_BATCHES_PER_TURN = 8
+#: Requests of one client that the pool holds, lest others wait behind them; as many as Linux has on its way at once.
+_IN_PROGRESS_MAX = 128
 
 
 @dataclass
@@ -79,6 +85,7 @@ class Session:
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
         self._backlog: deque[RawRequest] = deque()
+        self._slow: list[RawRequest] = []  # admitted by a batch that is being served, and about to go to the pool
         self._in_progress = 0  # requests that the pool has, or has answered into …
         self._replies: deque[tuple[RawRequest, list[Piece]]] = deque()
         self._woken = False  # the loop has been told of replies
@@ -89,6 +96,7 @@ class Session:
         self._stopping = ""  # the reason, once no further request will be read
         self._ended = False
         self._stall: asyncio.TimerHandle | None = None
+        self._due = False  # the loop will call _take_turn
 
     def start(self, leftover: bytes) -> None:
         """Begin to serve, first the requests that arrived together with the last option."""
@@ -99,12 +107,12 @@ class Session:
             buffer[:count] = leftover[:count]
             leftover = leftover[count:]
             self._parse(count)
-        self._serve()
+        self._guard(self._serve)
 
     def shut_down(self) -> None:
         """Answer what is accepted, then end (P99)."""
         self._stop("server shuts down")
-        self._serve()
+        self._guard(self._serve)
 
     def abandon(self) -> None:
         """Let go of the socket at once; replies that still come from the pool are dropped."""
@@ -117,15 +125,26 @@ class Session:
             self._resources.loop.remove_writer(self._socket.fileno())
         self._watch_stall(waiting=False)
         self._backlog.clear()
+        self._output.clear()
+        self._arena = None  # what the output pointed into goes with us
         self._resources.budget.forget(self._serve_again)
+        self._answered += sum(map(self._charge, self._slow))  # of a batch that failed
         self._give_back_answered()
+
+    def _guard(self, callback: Callable[[], None]) -> None:
+        """Run a callback of the loop; a bug in it ends this connection, and leaves nothing hanging (R-10)."""
+        try:
+            callback()
+        except Exception:
+            _log.exception("a connection ends for a bug")
+            self._end("internal error")
 
     # The loop's side of the socket.
 
     def _resume_reading(self) -> None:
         if not self._reading and not self._stopping:
             self._reading = True
-            self._resources.loop.add_reader(self._socket.fileno(), self._on_readable)
+            self._resources.loop.add_reader(self._socket.fileno(), self._guard, self._on_readable)
 
     def _pause_reading(self) -> None:
         if self._reading:
@@ -183,7 +202,7 @@ class Session:
         else:
             if not self._writing:
                 self._writing = True
-                self._resources.loop.add_writer(self._socket.fileno(), self._on_writable)
+                self._resources.loop.add_writer(self._socket.fileno(), self._guard, self._on_writable)
             self._watch_stall(waiting=True)
 
     def _watch_stall(self, *, waiting: bool) -> None:
@@ -199,9 +218,11 @@ class Session:
 
     def _serve(self) -> None:
         """Answer the backlog as far as the socket and the budgets allow, and decide what to wait for next."""
-        while self._backlog and not self._output and not self._ended:
-            if not self._serve_batch():
+        for _ in range(_BATCHES_PER_TURN):
+            if not self._backlog or self._output or self._ended or not self._serve_batch():
                 break
+        else:
+            self._serve_again()
         if self._ended:
             return
         if self._backlog or self._output:
@@ -212,7 +233,7 @@ class Session:
             self._end(self._stopping)
 
     def _serve_batch(self) -> bool:
-        """Fill one arena with replies and send it; False when the backlog must wait for bytes of the budgets."""
+        """Fill one arena with replies and send it; False when the backlog must wait for the pool or the budgets."""
         arenas, output, backlog = self._resources.arenas, self._output, self._backlog
         self._arena = arena = arenas.pop() if arenas else bytearray(ARENA_SIZE)
         view = memoryview(arena)
@@ -221,9 +242,9 @@ class Session:
         read_cached, gather_cached = self._device.read_cached, self._device.gather_cached
         pack_header, header_size = self._pack_header, self._header_size
         maximum_length = self._transmission.negotiated.export.maximum_block
-        slow: list[RawRequest] = []
+        gathered = 0  # bytes in the output that are not in the arena
         admitted = True
-        while backlog:
+        while backlog and gathered < _BATCH_LENGTH:
             request = backlog[0]
             _, operation, cookie, offset, length = request
             data = position + header_size
@@ -246,6 +267,7 @@ class Session:
                         output.append(view[queued:data])
                         output.extend(pieces)
                         queued = position = data
+                        gathered += length
                         backlog.popleft()
                         continue
             reply = self._answer(request)
@@ -254,16 +276,18 @@ class Session:
                     output.append(view[queued:position])
                     queued = position
                 output.append(memoryview(reply))
+                gathered += len(reply)
             elif self._admit(request):
-                slow.append(request)
+                self._slow.append(request)
             else:
                 admitted = False
                 break
             backlog.popleft()
         if position > queued:
             output.append(view[queued:position])
-        if slow:
-            self._submit(slow)
+        if self._slow:
+            self._submit(self._slow)
+            self._slow = []
         self._flush()
         return admitted
 
@@ -285,9 +309,11 @@ class Session:
 
     def _admit(self, request: RawRequest) -> bool:
         """Reserve memory for the reply to one more request, or arrange that the backlog is tried again later."""
-        count = _reply_bytes(request)
+        count = self._charge(request)
+        if self._in_progress == _IN_PROGRESS_MAX:
+            return False  # our own requests will end, and that serves the backlog again
         if self._reserved and self._reserved + count > self._resources.limits.connection_bytes:
-            return False  # our own replies will leave, and that serves the backlog again
+            return False  # our own replies will leave, likewise
         overdraw = self._reserved + count <= GUARANTEED_BYTES
         if not self._resources.budget.take(count, self._serve_again, overdraw=overdraw):
             return False
@@ -295,8 +321,26 @@ class Session:
         self._in_progress += 1
         return True
 
+    def _charge(self, request: RawRequest) -> int:
+        """Bytes that the reply to a request can have at most, and something for its objects."""
+        _, operation, _, _, length = request
+        command = operation & _COMMAND_MASK
+        if command == _READ:
+            return length + 512
+        if command == Command.BLOCK_STATUS:
+            extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
+            return extents * 8 * len(self._transmission.negotiated.contexts) + 512
+        return 512
+
     def _serve_again(self) -> None:
-        self._resources.loop.call_soon(self._serve)
+        """Serve when the other clients have had their turn."""
+        if not self._due:
+            self._due = True
+            self._resources.loop.call_soon(self._guard, self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._due = False
+        self._serve()
 
     def _give_back_answered(self) -> None:
         count, self._answered = self._answered, 0
@@ -314,11 +358,11 @@ class Session:
     def _work(self, requests: list[RawRequest]) -> None:
         """Pool thread: answer each request; the loop is woken once for all replies that it has not seen yet."""
         for request in requests:
-            self._replies.append((request, self._perform(request)))
+            self._replies.append((request, [] if self._ended else self._perform(request)))
         if not self._woken:
             self._woken = True
             try:
-                self._resources.loop.call_soon_threadsafe(self._finish)
+                self._resources.loop.call_soon_threadsafe(self._guard, self._finish)
             except RuntimeError:  # the loop is closed: nobody is left to answer
                 _log.debug("a reply came after the end of the loop")
 
@@ -378,8 +422,9 @@ class Session:
         while self._replies:
             request, pieces = self._replies.popleft()
             self._in_progress -= 1
-            self._answered += _reply_bytes(request)
-            self._output.extend(pieces)
+            self._answered += self._charge(request)
+            if not self._ended:
+                self._output.extend(pieces)
         if self._ended:
             self._give_back_answered()
             return
@@ -399,8 +444,3 @@ class Session:
         if not self._ended:
             self.abandon()
             self._on_end(reason)
-
-
-def _reply_bytes(request: RawRequest) -> int:
-    """What the reply to a request is charged with: its data, and something for its objects."""
-    return (request[4] if request[1] & _COMMAND_MASK == _READ else 0) + 512

@@ -271,3 +271,19 @@ def test_what_follows_a_disconnect_is_ignored(server: LoopServer) -> None:
     client.socket.sendall(client.pack(READ, 0, 512) + request(DISC, 7, 5, 5) + request(READ, 8, 0, 512) + b"garbage")
     assert client.reply().data == CONTENT[:512]
     assert client.is_closed()
+
+
+def test_a_bug_on_the_data_path_costs_the_connection_that_met_it_and_nobody_else(loop: str) -> None:
+    class Broken(MemoryDisk):
+        def read_cached(self, offset: int, view: memoryview) -> bool:
+            if offset == 8192:
+                raise ZeroDivisionError
+            return offset != 4096 and super().read_cached(offset, view)
+
+    with LoopServer(Export.read_only("", Broken(CONTENT)), loop=loop) as server:
+        client, other = server.connect().go(), server.connect().go()
+        client.socket.sendall(b"".join(client.pack(READ, offset, 512) for offset in (0, 4096, 8192, 12288)))
+        assert client.is_closed()
+        assert other.read(4096, 512) == CONTENT[4096:4608]
+        assert "ZeroDivisionError" in server.errors.pop()
+        assert not server.errors

@@ -1,0 +1,151 @@
+"""Clients that want more than their share: of memory, of the loop, of the pool (R-70, R-80; scorecard 14, 15)."""
+
+import pytest
+
+from nbdq.server.export import Export
+from nbdq.server.limits import GUARANTEED_BYTES, Limits
+from tests.server.client import (
+    BLOCK_STATUS,
+    CACHE,
+    PATIENCE,
+    READ,
+    Disconnected,
+    HealthyClient,
+    handshake,
+    request,
+)
+from tests.server.conftest import CONTENT
+from tests.server.harness import FragmentedDisk, LoopServer, MemoryDisk, ZeroDisk
+
+GREEDY = "greedy"
+HEALTHY = Export.read_only("", MemoryDisk(CONTENT))
+UNCACHED = Export.read_only("", MemoryDisk(CONTENT, cached=False))
+STATUS = ("base:allocation",)
+
+
+def test_clients_that_never_read_get_no_more_memory_than_the_budgets_allow(loop: str) -> None:
+    limits = Limits(process_bytes=8 << 20, connection_bytes=4 << 20)
+    exports = (UNCACHED, Export.read_only(GREEDY, ZeroDisk(1 << 30)))
+    with LoopServer(*exports, loop=loop, limits=limits) as server, HealthyClient(server.address, CONTENT) as healthy:
+        for _ in range(20):
+            greedy = server.connect().go(GREEDY)
+            greedy.socket.sendall(b"".join(request(READ, number, number << 20, 1 << 20) for number in range(64)))
+            healthy.wait_for_a_round()
+            assert server.reserved <= limits.process_bytes + 21 * GUARANTEED_BYTES
+
+
+@pytest.mark.parametrize("length", [32 << 20, 1 << 20])
+def test_what_clients_that_never_read_hold_is_free_when_they_leave(loop: str, length: int) -> None:
+    limits = Limits(process_bytes=32 << 20, connection_bytes=32 << 20)
+    with LoopServer(Export.read_only("", ZeroDisk(1 << 30)), loop=loop, limits=limits) as server:
+        greedy = server.connect().go()
+        greedy.socket.sendall(b"".join(request(READ, number, 0, length) for number in range(64)))
+        server.wait_for(lambda: server.reserved > 24 << 20, "most of the budget")
+        waiting = server.connect().go()
+        waiting.send(READ, 0, 8 << 20)
+        greedy.socket.close()
+        assert waiting.reply().data == bytes(8 << 20)
+
+
+def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not(loop: str) -> None:
+    limits = Limits(reply_stall_seconds=1.5, process_bytes=8 << 20)
+    with LoopServer(Export.read_only("", ZeroDisk(1 << 30)), loop=loop, limits=limits) as server:
+        stalled = server.connect().go()
+        slow = server.connect().go()
+        for client in (stalled, slow):
+            client.send(READ, 0, 32 << 20)
+        left = 32 << 20
+        while server.connections == 2:
+            left -= len(slow.receive(min(128 << 10, left - (1 << 20))))
+            slow.socket.settimeout(PATIENCE)
+        with pytest.raises(Disconnected):
+            stalled.reply()
+        slow.receive(left + 16 + 4 + 8)
+        assert slow.read(0, 512) == bytes(512)
+
+
+def test_requests_for_more_than_the_whole_budget_run_alone_and_one_after_the_other(loop: str) -> None:
+    limits = Limits(process_bytes=1 << 20, connection_bytes=1 << 20)
+    with LoopServer(Export.read_only("", ZeroDisk(1 << 30)), loop=loop, limits=limits) as server:
+        clients = [server.connect().go() for _ in range(4)]
+        for client in clients:
+            client.socket.sendall(b"".join(client.pack(READ, number << 23, 8 << 20) for number in range(3)))
+        for client in clients:
+            assert all(reply.data == bytes(8 << 20) for reply in client.replies().values())
+
+
+def test_one_batch_of_large_reads_is_not_looked_up_before_any_of_it_is_sent(loop: str) -> None:
+    disk = MemoryDisk(bytes(64 << 20))
+    exports = (HEALTHY, Export.read_only(GREEDY, disk))
+    with LoopServer(*exports, loop=loop) as server, HealthyClient(server.address, CONTENT) as healthy:
+        greedy = server.connect().go(GREEDY)
+        greedy.socket.sendall(b"".join(request(READ, number, 0, 32 << 20) for number in range(5000)))
+        server.wait_for(lambda: disk.pieces_gathered > 0, "the first look-up")
+        healthy.wait_for_a_round()
+        assert disk.pieces_gathered < 100
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+def test_one_batch_of_long_status_queries_is_not_answered_before_any_of_it_is_sent(loop: str, cached: bool) -> None:
+    disk = FragmentedDisk(1 << 30, cached=cached)
+    exports = (HEALTHY, Export.read_only(GREEDY, disk))
+    with LoopServer(*exports, loop=loop) as server, HealthyClient(server.address, CONTENT) as healthy:
+        greedy = server.connect().go(GREEDY, contexts=STATUS)
+        greedy.socket.sendall(b"".join(request(BLOCK_STATUS, number, 0, 64 << 20) for number in range(300)))
+        server.wait_for(lambda: len(disk.performed) > 0 and server.waiting_for_pool == 0, "the first answers")
+        healthy.wait_for_a_round()
+        assert len(disk.performed) <= 100  # half a MiB each
+
+
+@pytest.mark.parametrize("command", [CACHE, READ, BLOCK_STATUS])
+def test_one_client_does_not_take_the_pool_for_itself(loop: str, command: int) -> None:
+    disk = MemoryDisk(CONTENT, cached=False)
+    with LoopServer(Export.read_only("", disk), loop=loop) as server:
+        greedy = server.connect().go(contexts=STATUS)
+        modest = server.connect().go()
+        with disk.blocked():
+            greedy.socket.sendall(b"".join(request(command, n, 800 * n, 1) for n in range(1, 5000)))
+            disk.wait_for_request()
+            modest.send(READ, 0, 512)
+            server.wait_for(lambda: server.waiting_for_pool == 2, "the modest client's request in the pool")
+        assert modest.reply().data == CONTENT[:512]
+        assert disk.performed.index(0) < 1000
+
+
+def test_work_for_a_client_that_left_is_not_done(loop: str) -> None:
+    disk = MemoryDisk(CONTENT, cached=False)
+    with LoopServer(Export.read_only("", disk), loop=loop) as server:
+        with disk.blocked():
+            greedy = server.connect().go()
+            greedy.socket.sendall(b"".join(request(CACHE, number, number, 1) for number in range(1000)))
+            disk.wait_for_request()
+            greedy.socket.close()
+            modest = server.connect().go()
+        assert modest.read(0, 512) == CONTENT[:512]
+        server.wait_for_connections(1)
+        assert len(disk.performed) < 200
+
+
+def test_five_hundred_clients_that_send_single_bytes_disturb_nobody(
+    loop: str, disk: MemoryDisk, many_descriptors: None
+) -> None:
+    limits = Limits(handshake_seconds=10 * PATIENCE, pending_handshakes=600)
+    served = LoopServer(Export.read_only("", disk), loop=loop, limits=limits)
+    with served as server, HealthyClient(server.address, disk.content) as healthy:
+        clients = [server.connect() for _ in range(500)]
+        said = handshake(structured=False)
+        for byte in said[:10]:
+            for client in clients:
+                client.socket.sendall(bytes([byte]))
+        healthy.wait_for_a_round()
+        for client in clients:
+            client.socket.sendall(said[10:])
+        for client in clients:
+            client.finish_handshake()
+        torn = [client.pack(READ, 1000 * number, 1000) for number, client in enumerate(clients)]
+        for position in range(28):
+            for client, header in zip(clients, torn, strict=True):
+                client.socket.sendall(header[position : position + 1])
+            healthy.wait_for_a_round()
+        for number, client in enumerate(clients):
+            assert client.reply().data == disk.content[1000 * number :][:1000]
