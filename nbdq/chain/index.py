@@ -135,7 +135,7 @@ class ChainIndex:
     def spans(self, offset: int, end: int) -> Iterator[Window]:
         """Windows from the one that holds ``offset`` up to ``end``; a stretch without data comes as one."""
         while offset < end:
-            empty = self._empty_until(offset, end)
+            empty = self._empty_until(offset)
             if empty > offset:
                 start = offset >> self.window_bits << self.window_bits
                 yield Window(start, empty, self._untouched(start, empty))
@@ -145,7 +145,7 @@ class ChainIndex:
                 yield window
                 offset = window.end
 
-    def _empty_until(self, offset: int, end: int) -> int:
+    def _empty_until(self, offset: int) -> int:
         """First guest offset at or after ``offset`` whose window may hold something; at most one occupancy map on."""
         number = offset >> self.window_bits
         if number in self.windows:
@@ -158,7 +158,7 @@ class ChainIndex:
             occupied = self._occupancy[part] = self._measure_occupancy(part)
         following = np.flatnonzero(occupied[position:])
         stop = number + (int(following[0]) if len(following) else len(occupied) - position)
-        return max(offset, min(stop << self.window_bits, self.size, -(-end >> self.window_bits) << self.window_bits))
+        return max(offset, min(stop << self.window_bits, self.size))
 
     def _measure_occupancy(self, part: int) -> NDArray[np.bool_]:
         step = 1 << self.window_bits
@@ -268,7 +268,6 @@ def _merge(
 
 def _fill_from_raw(runs: Runs, base: int, end: int, layer: RawImage, depth: int) -> Runs:
     """Replace what no QCOW2 layer decided by the data and holes of the raw layer at the bottom."""
-    end = min(end, layer.size)
     ranges = layer.ranges(base, end)
     cuts = np.array([low for low, _, _ in ranges], dtype=np.uint64)
     is_data = np.array([data for _, _, data in ranges], dtype=bool)
@@ -282,7 +281,7 @@ def _fill_from_raw(runs: Runs, base: int, end: int, layer: RawImage, depth: int)
     filled = Runs(start, kind, owner, host)
     new_run = np.ones(len(start), dtype=bool)
     # Cuts of the raw file inside a run of a layer above are no boundaries.
-    new_run[1:] = undecided[1:] | undecided[:-1] | np.isin(start[1:], runs.start)
+    new_run[1:] = undecided[1:] | np.isin(start[1:], runs.start)
     return filled.where(new_run)
 
 

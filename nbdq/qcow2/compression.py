@@ -10,15 +10,15 @@ import zlib
 import deflate
 
 if sys.version_info >= (3, 14):
-    from compression.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
+    from compression.zstd import DecompressionParameter, ZstdDecompressor, ZstdError, get_frame_size
 else:
-    from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
+    from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError, get_frame_size
 
 from nbdq.qcow2.format import CompressionType
 
 #: log2 of the largest window a zstd frame may ask for (R-29); a cluster is at most 2^21 bytes.
 _WINDOW_LOG_MAX = 23
-#: Frames in one cluster: writers make one. Each costs a copy of what follows it, so their number must be bounded.
+#: Frames in one cluster: writers make one. Each costs a new decompressor, so their number must be bounded.
 _FRAMES_MAX = 256
 
 
@@ -50,14 +50,17 @@ def _inflate_deflate(data: bytes, cluster_size: int) -> bytes:
 
 
 def _inflate_zstd(data: bytes, cluster_size: int) -> bytes:
+    view = memoryview(data)
     parts: list[bytes] = []
     missing = cluster_size
     for _ in range(_FRAMES_MAX):
-        if not missing or not data:
+        if not missing or not view:
             break
         frame = ZstdDecompressor(options={DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
         try:
-            part = frame.decompress(data, max_length=missing)
+            # Fed with more than its frame, a decompressor would keep two copies of all that follows.
+            length = get_frame_size(view)
+            part = frame.decompress(view[:length], max_length=missing)
             if len(part) == missing and not frame.eof:  # only the frame's end mark may be left
                 frame.decompress(b"", max_length=0)
         except ZstdError as error:
@@ -66,7 +69,7 @@ def _inflate_zstd(data: bytes, cluster_size: int) -> bytes:
             raise OSError(errno.EIO, "damaged zstd data: the frame does not end with the cluster")
         parts.append(part)
         missing -= len(part)
-        data = frame.unused_data
+        view = view[length:]
     return _complete(b"".join(parts), cluster_size)
 
 

@@ -249,6 +249,34 @@ def test_threads_that_build_the_same_windows_all_see_the_same_disk(monkeypatch: 
         close(layers)
 
 
+def test_two_threads_that_build_one_window_at_once_get_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is counted once: else the cache would shrink with every such race."""
+    both = threading.Barrier(2, timeout=30)
+
+    class Slow(TableImage):
+        def map(self, start: int, end: int) -> Granules | None:
+            if start == 0:
+                both.wait()
+            return super().map(start, end)
+
+    with scaled(monkeypatch, (8, 2)):
+        kinds = np.full(64, Kind.ZERO, dtype=np.uint8)
+        hosts = np.zeros(64, dtype=np.uint64)
+        layer = Slow(MemoryFile(0, 0), size=64 * 512, cluster_size=512, granule=512, kinds=kinds, hosts=hosts)
+        index = ChainIndex([layer], budget=10_000)
+        found: list[Window] = []
+        threads = [threading.Thread(target=lambda: found.append(index.window(0))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] is found[1] is index.window(0)
+        for offset in range(4096, 64 * 512, 4096):
+            index.window(offset)
+        assert (len(index.windows) + 1) * found[0].cost > 10_000  # as many as there is room for
+        layer.close()
+
+
 def test_a_window_that_could_not_be_read_is_asked_again() -> None:
     """A failing disk may come back; nothing of the failure stays."""
 

@@ -94,7 +94,7 @@ def test_clusters_are_counted_at_every_width_as_qemu_counts_them(refcount_order:
 
 
 def test_counts_beyond_the_end_of_the_file_are_not_counted() -> None:
-    storage = image([1] * 100, 4, allocated_clusters=60)
+    storage = image([0] * 50 + [1] * 50, 4, allocated_clusters=20)
     assert is_metadata_preallocated(storage, header(4))
     os.truncate(storage.descriptor, 50 * CLUSTER)
     assert not is_metadata_preallocated(storage, header(4))
