@@ -61,8 +61,6 @@ def _inflate_zstd(data: bytes, cluster_size: int) -> bytes:
             # Fed with more than its frame, a decompressor would keep two copies of all that follows.
             length = get_frame_size(view)
             part = frame.decompress(view[:length], max_length=missing)
-            if len(part) == missing and not frame.eof:  # only the frame's end mark may be left
-                frame.decompress(b"", max_length=0)
         except ZstdError as error:
             raise OSError(errno.EIO, f"damaged zstd data: {error}") from None
         if not frame.eof:
