@@ -94,7 +94,7 @@ class ChainDisk:
         """Note a use of the compressed cluster at guest ``start``; inflate the next ones for a sequential reader."""
         following = start + cluster_size
         if start == self._next_compressed:
-            for position in range(following, following + max(_READ_AHEAD, cluster_size), cluster_size):
+            for position in range(following, following + _READ_AHEAD, cluster_size):
                 window = self._windows.get(position >> self._window_bits)
                 if window is None or position >= window.end:
                     break

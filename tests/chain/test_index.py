@@ -2,6 +2,7 @@
 
 import random
 import threading
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -342,6 +343,16 @@ def test_the_whole_of_a_huge_empty_disk_is_seen_in_a_few_steps(size: int, cluste
     assert data == sorted(offset // cluster_size * cluster_size for offset in (*allocated, size // 2))
     assert steps < 20 + size // (2 << 40)
     assert sum(layer.calls for layer in layers) < 3 * steps
+
+
+def test_a_walk_over_a_huge_disk_does_not_fill_the_memory() -> None:
+    size = 1 << 57
+    index = ChainIndex([SparseImage(size, 2 << 20, [])], budget=1 << 20)
+    tracemalloc.start()
+    assert sum(window.end - window.start for window in index.spans(0, size)) == size
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 << 20  # a byte for every window would be 8 MiB
 
 
 def test_a_hole_of_a_raw_layer_is_one_hole_whatever_its_length() -> None:
