@@ -2,7 +2,8 @@
 
 Guest space is cut into *windows* of one size. A window is built when it is first asked for, from those layers whose
 tables cover it, top first, each layer filling only what the layers above left open; then it is immutable, like the
-layers. Windows live in an LRU under a byte budget. Nothing here depends on the virtual size.
+layers. Windows are kept within a byte budget, from which the oldest is dropped first: keeping order by use would cost
+every look-up a lock. Nothing here depends on the virtual size.
 
 A layer that is shorter than the disk ends the chain there (S1): guest space falls into *segments*, delimited by the
 layers' sizes, in each of which a constant number of layers takes part.
@@ -29,7 +30,7 @@ _WINDOW_GRANULES = 8192
 _RAW_GRANULE = 64 << 10
 #: Windows per occupancy map, so that a map of an empty 16 TiB disk is a handful of vector operations.
 _OCCUPANCY_WINDOWS = 4096
-#: Maps kept, at 4 KiB each; only disks beyond 256 TiB ever have more.
+#: Maps kept, at 4 KiB each; only disks beyond 8 TiB, or 1 EiB with clusters of 64 KiB, ever have more.
 _OCCUPANCY_MAPS = 512
 #: A run costs 8 + 8 + 2 + 1 bytes; array.append makes it a little more.
 _RUN_BYTES = 20
