@@ -116,6 +116,7 @@ class Transmission:
         self._view = memoryview(self._buffer)
         self._kept = b""  # an incomplete header
         self._unread_payload = 0  # bytes still to come of a WRITE payload that nobody wants; only while _kept is empty
+        self._draining: RawRequest | None = None  # the WRITE that it belongs to
 
         self._refused_commands = _refused_commands(negotiated)
         self._refused_flags = _refused_flags(negotiated.flags)
@@ -131,9 +132,9 @@ class Transmission:
         """Take ``count`` bytes that are now at the front of :meth:`buffer`.
 
         Returns:
-            Every request whose header is complete, in order, unchecked but for its magic. A WRITE is among them as soon
-            as its header is there; its payload is consumed, now and as it comes, and kept nowhere (P84). DISC is not
-            among them, nor is what follows it (P93).
+            Every request that is complete, in order, unchecked but for its magic. The payload of a WRITE is consumed
+            and kept nowhere; the WRITE is among them once its last byte is there, for a client does not expect an
+            answer to what it is still sending (P84). DISC is not among them, nor is what follows it (P93).
 
         Raises:
             ProtocolError: sync with the client is lost, and no request before that is left to be returned.
@@ -148,6 +149,9 @@ class Transmission:
         end = len(self._kept) + count
         last = end - _HEADER_SIZE
         position = self._unread_payload
+        if self._draining is not None and position <= end:
+            requests.append(self._draining)
+            self._draining = None
         while position <= last:
             request: RawRequest = unpack(buffer, position)
             position += _HEADER_SIZE
@@ -164,6 +168,9 @@ class Transmission:
                         position = end
                         break
                     position += request[4]
+                    if position > end:
+                        self._draining = request
+                        break
                 elif command == _DISC:
                     self.disconnected = True
                     position = end

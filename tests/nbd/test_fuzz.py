@@ -145,8 +145,11 @@ def expected(data: bytes) -> tuple[list[tuple[int, int, int, int, int]], bool, b
             return found, False, True
         if command == 2:
             return found, True, False
+        end = 28 + (length if command == 1 else 0)
+        if len(data) < end:
+            break  # a WRITE whose payload has not come
         found.append((fields[0], fields[1], fields[2], fields[3], fields[4]))
-        data = data[28 + (length if command == 1 else 0) :]
+        data = data[end:]
     return found, False, False
 
 

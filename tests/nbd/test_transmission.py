@@ -127,11 +127,12 @@ def test_the_payload_of_a_write_is_consumed_and_sync_is_kept(length: int, flags:
     assert not failure
 
 
-def test_a_write_is_returned_before_its_payload_has_come() -> None:
+def test_a_write_is_returned_only_when_its_payload_has_come() -> None:
+    """P84: a client is not prepared for the answer to a request that it is still sending."""
     transmission = begin()
-    assert receive(transmission, request(WRITE, 1, 0, MIB)) == [(MAGIC, WRITE, 1, 0, MIB)]
+    assert receive(transmission, request(WRITE, 1, 0, MIB)) == []
     assert receive(transmission, bytes(MIB - 1)) == []
-    assert receive(transmission, b"\0" + request(READ, 2)) == [(MAGIC, READ, 2, 0, 0)]
+    assert receive(transmission, b"\0" + request(READ, 2)) == [(MAGIC, WRITE, 1, 0, MIB), (MAGIC, READ, 2, 0, 0)]
 
 
 @pytest.mark.parametrize("length", [BUFFER_SIZE - 28, BUFFER_SIZE - 27, BUFFER_SIZE, 3 * BUFFER_SIZE - 28, 700_001])
@@ -143,9 +144,10 @@ def test_a_payload_that_ends_anywhere_in_the_buffer_is_consumed(length: int) -> 
 def test_the_largest_write_is_consumed_and_a_larger_one_ends_the_connection() -> None:
     """P85, W4."""
     transmission = begin()
-    assert len(receive(transmission, request(WRITE, 1, 0, 64 * MIB))) == 1
-    for _ in range(256):
+    assert receive(transmission, request(WRITE, 1, 0, 64 * MIB)) == []
+    for _ in range(255):
         assert receive(transmission, bytes(256 * KIB)) == []
+    assert len(receive(transmission, bytes(256 * KIB))) == 1
     assert len(receive(transmission, request(READ, 2))) == 1
     with pytest.raises(ProtocolError, match="67108865"):
         receive(transmission, request(WRITE, 3, 0, 64 * MIB + 1))
