@@ -325,7 +325,7 @@ class Background:
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self.rounds = 0
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         try:
