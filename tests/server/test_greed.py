@@ -15,7 +15,7 @@ from tests.server.client import (
     request,
 )
 from tests.server.conftest import CONTENT
-from tests.server.harness import FragmentedDisk, LoopServer, MemoryDisk, ZeroDisk
+from tests.server.harness import FragmentedDisk, LoopServer, MemoryDisk, ZeroDisk, resident_bytes
 
 GREEDY = "greedy"
 HEALTHY = Export.read_only("", MemoryDisk(CONTENT))
@@ -32,6 +32,32 @@ def test_clients_that_never_read_get_no_more_memory_than_the_budgets_allow(loop:
             greedy.socket.sendall(b"".join(request(READ, number, number << 20, 1 << 20) for number in range(64)))
             healthy.wait_for_a_round()
             assert server.reserved <= limits.process_bytes + 21 * GUARANTEED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("disk", "length", "count"),
+    [(MemoryDisk(CONTENT), 4096, 200), (ZeroDisk(1 << 30), 4096, 200), (ZeroDisk(1 << 30), 32 << 20, 40)],
+    ids=["4 KiB from memory", "4 KiB from the pool", "32 MiB from the pool"],
+)
+def test_clients_that_never_read_do_not_make_the_server_outgrow_its_cap(
+    disk: MemoryDisk, length: int, count: int
+) -> None:
+    limits = Limits()
+    said = b"".join(request(READ, 1 << 63 | number, (number << 12) % (4 << 20), length) for number in range(4000))
+    exports = (UNCACHED, Export.read_only(GREEDY, disk))
+    with LoopServer(*exports, limits=limits) as server, HealthyClient(server.address, CONTENT) as healthy:
+        before = resident_bytes()
+        for _ in range(count):
+            greedy = server.connect().go(GREEDY)
+            greedy.socket.setblocking(False)
+            greedy.socket.send(said)
+            greedy.socket.send(said[: len(said) // 2])
+        healthy.wait_for_a_round()
+        server.wait_for(
+            lambda: server.transmitting == count + 1 and server.waiting_for_pool <= 1, "the end of all work"
+        )
+        assert resident_bytes() - before < limits.process_bytes * 1.2  # scorecard 14
+        healthy.wait_for_a_round()
 
 
 @pytest.mark.parametrize("length", [32 << 20, 1 << 20])
