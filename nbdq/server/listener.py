@@ -12,7 +12,8 @@ from nbdq.nbd.uri import tcp_uri, unix_uri
 
 _log = logging.getLogger(__name__)
 
-_BACKLOG = 128
+#: Clients that may wait while the limits are reached; a unix client that does not block is turned away behind them.
+_BACKLOG = 1024
 #: Clients accepted before others get their turn; one that comes and goes faster than it is accepted must not hold us.
 _ACCEPTS_MAX = 64
 #: Pause after accept failed, as for want of descriptors or memory; without it the loop would spin (3.4).
@@ -168,8 +169,9 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(address)
             sock.listen(_BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a host that cannot be a name
         for listener in listeners:
             listener.close()
-        raise ExportError(f"cannot listen on {printable(host)} port {port}: {error.strerror or error}") from None
+        reason = getattr(error, "strerror", None) or "not a host name"
+        raise ExportError(f"cannot listen on {printable(host)} port {port}: {reason}") from None
     return listeners
