@@ -13,12 +13,16 @@ from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
 
 _BLOCK_OFFSET_MASK = np.uint64(0xFFFF_FFFF_FFFF_FE00)
+#: Bytes of refcount blocks that the question is worth, each counted as a page at least: 16 TiB of file in clusters of
+#: 64 KiB. A sparse file that an attacker made names a million blocks, of 512 bytes or of 2 MiB.
+_SCAN_BUDGET = 512 << 20
+_PAGE = 4096
 
 
 def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
     """Whether referenced clusters exceed the file's real allocation by about a ninth, as QEMU judges it.
 
-    Reads refcount blocks only for a file that is sparse enough to be in question.
+    Reads refcount blocks only for a file that is sparse enough to be in question, and gives up where they are too many.
     """
     cluster_size = header.cluster_size
     file_size = storage.size()
@@ -31,7 +35,8 @@ def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
     blocks = min(header.refcount_table_clusters * cluster_size // 8, -(-end_cluster // block_clusters))
     table = np.frombuffer(storage.read(header.refcount_table_offset, blocks * 8).ljust(blocks * 8, b"\0"), dtype=">u8")
     referenced = 0
-    for number in np.flatnonzero(table & _BLOCK_OFFSET_MASK).tolist():
+    named = np.flatnonzero(table & _BLOCK_OFFSET_MASK)
+    for number in named[: _SCAN_BUDGET // max(cluster_size, _PAGE)].tolist():
         block_offset = int(table[number] & _BLOCK_OFFSET_MASK)
         if block_offset % cluster_size:
             return False  # damaged refcounts do not hinder reading
