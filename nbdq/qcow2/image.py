@@ -5,7 +5,6 @@ and when they are asked for, in slices: an image of any virtual size opens in co
 """
 
 import errno
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +102,7 @@ class Qcow2Image:
         if coverage >= step:
             return np.repeat(tables, coverage // step)[(start % coverage) // step :][:count]
         tables = np.pad(tables, (0, count * (step // coverage) - len(tables)))
-        return cast(NDArray[np.bool_], tables.reshape(count, step // coverage).any(axis=1))
+        return np.asarray(tables.reshape(count, step // coverage).any(axis=1), dtype=np.bool_)
 
     def read_compressed(self, descriptor: int) -> bytes:
         """Inflate the compressed cluster that ``descriptor`` names; ``cluster_size`` bytes.

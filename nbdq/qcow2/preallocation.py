@@ -4,8 +4,6 @@ QEMU compares how many host clusters are referenced with how much of the file is
 promises much more than the file holds, block status looks for holes in the file too.
 """
 
-from typing import cast
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,6 +52,6 @@ def _nonzero_counts(block: bytes, refcount_order: int) -> NDArray[np.bool_]:
     """Which entries of a refcount block are not zero; entries narrower than a byte start at its low end (Q26)."""
     if refcount_order < 3:
         bits = np.unpackbits(np.frombuffer(block, dtype=np.uint8), bitorder="little")
-        return cast(NDArray[np.bool_], bits.reshape(-1, 1 << refcount_order).any(axis=1))
+        return np.asarray(bits.reshape(-1, 1 << refcount_order).any(axis=1), dtype=np.bool_)
     width = 1 << refcount_order - 3
-    return cast(NDArray[np.bool_], np.frombuffer(block[: len(block) // width * width], dtype=f">u{width}") != 0)
+    return np.asarray(np.frombuffer(block[: len(block) // width * width], dtype=f">u{width}") != 0, dtype=np.bool_)
