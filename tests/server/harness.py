@@ -9,6 +9,7 @@ import errno
 import gc
 import logging
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -338,6 +339,15 @@ def no_descriptor_leaks() -> Iterator[None]:
     gc.collect()
     after = os.listdir("/proc/self/fd")
     assert len(after) == len(before), f"{len(before)} descriptors before, {len(after)} after"
+
+
+def has_ipv6() -> bool:
+    """Whether this machine has the address ::1."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 def resident_bytes() -> int:

@@ -47,10 +47,11 @@ def test_whoever_stops_sending_at_any_byte_gets_the_answers_to_what_was_whole(lo
             with Client(server.address).go(contexts=("base:allocation",)) as client:
                 said = b""
                 for command, offset, size in CONVERSATION:
-                    if len(said) + 28 <= cut:
-                        said += client.pack(command, offset, size) + bytes(size if command == WRITE else 0)
-                    else:
-                        said += request(command, 1, offset, size)
+                    payload = bytes(size if command == WRITE else 0)
+                    whole = len(said) + 28 + len(payload) <= cut
+                    said += (
+                        client.pack(command, offset, size) if whole else request(command, 1, offset, size)
+                    ) + payload
                 client.socket.sendall(said[:cut])
                 client.socket.shutdown(socket.SHUT_WR)
                 client.replies()
