@@ -6,6 +6,7 @@ Knows layers, the index and the inflated-cluster cache. Must not know NBD, socke
 import errno
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.index import ChainIndex, Layer, Runs, Window, runs_at
 from nbdq.qcow2.image import Qcow2Image
 
-#: Memory for index windows, for each disk.
+#: Memory for the index windows of a disk, unless its owner says otherwise.
 INDEX_BUDGET = 32 << 20
 _FIRST_CHUNK = 32
 #: Guest bytes inflated ahead of a sequential reader: a deep queue of small reads spans more than one cluster.
@@ -330,11 +331,12 @@ class ChainDisk:
             yield pending
 
     def prefetch(self, offset: int, length: int) -> None:
-        """Ask the kernel for the file ranges behind a guest range. A hint."""
-        for runs, end in self.runs(offset, length):
-            for low, high, kind, depth, host in runs.each(end):
-                if kind == _DATA:
-                    self._files[depth].prefetch(host, high - low)
+        """Ask the kernel for the file ranges behind a guest range. A hint: what cannot be found out is left out."""
+        with suppress(OSError):
+            for runs, end in self.runs(offset, length):
+                for low, high, kind, depth, host in runs.each(end):
+                    if kind == _DATA:
+                        self._files[depth].prefetch(host, high - low)
 
     def close(self) -> None:
         """Close every layer. No call may be in progress."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from nbdq.chain.clusters import ClusterCache
-from nbdq.chain.disk import ChainDisk
+from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
@@ -22,6 +22,7 @@ def open_disk(
     clusters: ClusterCache,
     backing: Sequence[tuple[str, str]] | None = None,
     snapshot: str | None = None,
+    index_budget: int = INDEX_BUDGET,
 ) -> ChainDisk:
     """Open the chain whose top image is ``path`` for reading. The caller owns the disk; ``clusters`` stays shared.
 
@@ -29,6 +30,7 @@ def open_disk(
         format: of the top image; never probed (R-34).
         backing: (format, path) of every layer below the top, overriding what headers say; empty ends the chain.
         snapshot: id or name of an internal snapshot of the top image to show instead of its active state.
+        index_budget: bytes for the windows of the chain index.
 
     Raises:
         ImageError: a layer cannot be served; the message names it and the remedy.
@@ -56,4 +58,4 @@ def open_disk(
             if layer.data_storage is not None:
                 layer.data_storage.close()
         raise
-    return ChainDisk(layers, clusters=clusters)
+    return ChainDisk(layers, clusters=clusters, index_budget=index_budget)

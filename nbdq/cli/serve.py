@@ -122,7 +122,15 @@ def serve_command(
         exports = []
         texts = _one_each("--description", descriptions, images, default=[""] * len(images))
         for image, name, text in zip(images, _export_names(names, images), texts, strict=True):
-            disks.append(open_disk(image, clusters=clusters, snapshot=snapshot, **chain_arguments(**chain)))
+            disks.append(
+                open_disk(
+                    image,
+                    clusters=clusters,
+                    snapshot=snapshot,
+                    index_budget=limits.index_bytes // len(images),
+                    **chain_arguments(**chain),
+                )
+            )
             exports.append(
                 Export.read_only(
                     name,

@@ -27,6 +27,8 @@ class Limits:
     """The same for all connections together."""
     inflated_bytes: int = 64 << 20
     """Inflated clusters kept for all disks."""
+    index_bytes: int = 64 << 20
+    """Windows of the chain indexes of all disks, in equal shares."""
     drain_seconds: float = 30.0
     """From SIGTERM until connections that are still busy are cut."""
     reply_stall_seconds: float = 300.0
