@@ -22,6 +22,10 @@ _FIRST_CHUNK = 32
 #: Guest bytes inflated ahead of a sequential reader: a deep queue of small reads spans more than one cluster.
 _READ_AHEAD = 256 << 10
 
+#: Inflated bytes that a reply may keep alive without being counted.
+_UNCOUNTED = 256 << 10
+_ZEROS = memoryview(bytes(256 << 10))
+
 _HAS_DATA = frozenset((Kind.DATA, Kind.DATA_HOLE, Kind.COMPRESSED))
 _READS_ZERO = frozenset((Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET, Kind.ZERO, Kind.ZERO_OFFSET, Kind.HOLE))
 _ZERO = frozenset((*_READS_ZERO, Kind.DATA_HOLE))
@@ -41,7 +45,6 @@ class ChainDisk:
         self.layers = layers
         self.size = layers[0].size
         self._files = [layer.data for layer in layers]
-        self._file_sizes = [file.size() for file in self._files]
         self._index = ChainIndex(layers, budget=index_budget)
         self._windows = self._index.windows
         self._window_bits = self._index.window_bits
@@ -80,11 +83,10 @@ class ChainDisk:
             host = window.hosts[run] + offset - window.starts[run]
             return self._files[window.layers[run]].read_cached(host, view)
         if kind == _COMPRESSED:
-            image = self.layers[window.layers[run]]
-            cluster = self._clusters.peek((image, window.hosts[run]))
+            cluster = self._clusters.peek(self._compressed_at(window, run))
             if cluster is None or offset % len(cluster) + len(view) > len(cluster):
                 return False
-            view[:] = self._cluster_piece(cluster, offset, len(view))
+            self._read_from_cluster(cluster, offset, view)
             return True
         if kind == _CORRUPT:
             return False
@@ -102,37 +104,41 @@ class ChainDisk:
                 run = window.find(position)
                 if window.kinds[run] != _COMPRESSED:
                     break
-                image, descriptor = self.layers[window.layers[run]], window.hosts[run]
-                assert isinstance(image, Qcow2Image)
-                self._clusters.get_ahead((image, descriptor), partial(image.read_compressed, descriptor))
+                image, descriptor = key = self._compressed_at(window, run)
+                self._clusters.get_ahead(key, partial(image.read_compressed, descriptor))
         self._next_compressed = following
 
     def gather_cached(self, offset: int, length: int) -> list[Piece] | None:
-        """The range as pieces of files and of memory, if all of it is in memory; never waits."""
+        """The range as pieces of files and of memory, if all of it is in memory; never waits.
+
+        The pieces keep little memory alive that caches would let go, so that nobody needs to count it.
+        """
         end = offset + length
         window = self._windows.get(offset >> self._window_bits)
         if window is None or end > window.end:
             return None
         pieces: list[Piece] = []
+        inflated = 0
         run = window.find(offset)
         while offset < end:
             count = min(end, window.starts[run + 1]) - offset
             kind = window.kinds[run]
             if kind == _DATA:
-                piece = self._file_piece(window, run, offset, count)
-                if piece is None or not piece.storage.is_cached(piece.offset, count):
+                storage = self._files[window.layers[run]]
+                host = window.hosts[run] + offset - window.starts[run]
+                if not storage.is_cached(host, count):  # as a range is that reaches past the end of the file (P101)
                     return None
-                pieces.append(piece)
+                pieces.append(FilePiece(storage, host, count))
             elif kind == _COMPRESSED:
-                cluster = self._clusters.peek((self.layers[window.layers[run]], window.hosts[run]))
+                inflated += count
+                cluster = self._clusters.peek(self._compressed_at(window, run)) if inflated <= _UNCOUNTED else None
                 if cluster is None or offset % len(cluster) + count > len(cluster):
                     return None
-                inside = offset % len(cluster)
-                pieces.append(memoryview(cluster)[inside : inside + count])
+                pieces.append(_part(cluster, offset, count))
             elif kind == _CORRUPT:
                 return None
             else:
-                pieces.append(memoryview(bytes(count)))
+                pieces += _zeros(count)
             offset += count
             run += 1
         return pieces
@@ -149,12 +155,13 @@ class ChainDisk:
             window = self._index.window(offset)
             run = window.find(offset)
             count = min(end, window.starts[run + 1]) - offset
-            if window.kinds[run] == _COMPRESSED:
-                image = self.layers[window.layers[run]]
-                assert isinstance(image, Qcow2Image)
-                count = min(count, image.cluster_size - offset % image.cluster_size)
-                inside = offset % image.cluster_size
-                pieces.append(memoryview(self._inflate(image, window.hosts[run]))[inside : inside + count])
+            kind = window.kinds[run]
+            if kind == _COMPRESSED:
+                cluster = self._inflate(window, run)
+                count = min(count, len(cluster) - offset % len(cluster))
+                pieces.append(_part(cluster, offset, count))
+            elif kind in _READS_ZERO:
+                pieces += _zeros(count)
             else:
                 view = memoryview(bytearray(count))
                 self._read_piece(window, run, offset, view)
@@ -162,20 +169,20 @@ class ChainDisk:
             offset += count
         return pieces
 
-    def _file_piece(self, window: Window, run: int, offset: int, length: int) -> FilePiece | None:
-        layer = window.layers[run]
-        host = window.hosts[run] + offset - window.starts[run]
-        # A file that ends inside the range reads as zeros there; a short sendfile would break the reply (P101).
-        return FilePiece(self._files[layer], host, length) if host + length <= self._file_sizes[layer] else None
+    def _compressed_at(self, window: Window, run: int) -> tuple[Qcow2Image, int]:
+        """Image and descriptor of a compressed run; also its key in the cluster cache."""
+        image = self.layers[window.layers[run]]
+        assert isinstance(image, Qcow2Image)
+        return image, window.hosts[run]
 
-    def _cluster_piece(self, cluster: bytes, offset: int, length: int) -> memoryview:
-        """Part of an inflated cluster, for a read that is small enough to be one of a sequence."""
-        inside = offset % len(cluster)
-        self._read_ahead(offset - inside, len(cluster))
-        return memoryview(cluster)[inside : inside + length]
+    def _inflate(self, window: Window, run: int) -> bytes:
+        image, descriptor = key = self._compressed_at(window, run)
+        return self._clusters.get(key, lambda: image.read_compressed(descriptor))
 
-    def _inflate(self, image: Qcow2Image, descriptor: int) -> bytes:
-        return self._clusters.get((image, descriptor), lambda: image.read_compressed(descriptor))
+    def _read_from_cluster(self, cluster: bytes, offset: int, view: memoryview) -> None:
+        """Copy what ``view`` wants from an inflated cluster; such reads are small enough to be some of a sequence."""
+        self._read_ahead(offset - offset % len(cluster), len(cluster))
+        view[:] = _part(cluster, offset, len(view))
 
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``; may wait for a disk and inflate.
@@ -197,14 +204,11 @@ class ChainDisk:
             count = self._files[depth].read_into(host + offset - window.starts[run], view)
             view[count:] = bytes(len(view) - count)
         elif kind == _COMPRESSED:
-            image = self.layers[depth]
-            assert isinstance(image, Qcow2Image)
-            size = image.cluster_size
-            done = 0
-            while done < len(view):  # equal descriptors of neighbouring clusters are one run
-                count = min(size - (offset + done) % size, len(view) - done)
-                view[done : done + count] = self._cluster_piece(self._inflate(image, host), offset + done, count)
-                done += count
+            cluster = self._inflate(window, run)
+            while view:  # equal descriptors of neighbouring clusters are one run
+                count = min(len(cluster) - offset % len(cluster), len(view))
+                self._read_from_cluster(cluster, offset, view[:count])
+                offset, view = offset + count, view[count:]
         elif kind == _CORRUPT:
             raise OSError(errno.EIO, f"corrupt table entry for guest offset {offset}", self.layers[depth].path)
         else:
@@ -342,6 +346,18 @@ class ChainDisk:
         """Close every layer. No call may be in progress."""
         for layer in self.layers:
             layer.close()
+
+
+def _part(cluster: bytes, offset: int, length: int) -> memoryview:
+    """What an inflated cluster holds of the guest range."""
+    inside = offset % len(cluster)
+    return memoryview(cluster)[inside : inside + length]
+
+
+def _zeros(length: int) -> list[memoryview]:
+    """Zeros, without memory of their own."""
+    whole, rest = divmod(length, len(_ZEROS))
+    return [_ZEROS] * whole + ([_ZEROS[:rest]] if rest else [])
 
 
 def _continues(extent: Extent, following: Extent) -> bool:
