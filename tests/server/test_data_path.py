@@ -5,6 +5,7 @@ The paths: copied into the arena on the loop thread, sent from the file by refer
 
 import os
 import random
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,9 +112,22 @@ def test_reads_of_all_sizes_and_alignments_give_what_qemu_reads(
 
 
 @requires("qemu-img", "qemu-io")
-def test_many_connections_to_one_export_see_the_same_disk(loop: str, chain: ChainDisk, image: Image) -> None:
+@pytest.mark.usefixtures("storage_path")
+def test_replies_that_leave_in_pieces_are_whole(loop: str, chain: ChainDisk, image: Image) -> None:
+    chance = random.Random(8)
+    with LoopServer(Export.read_only("", chain), loop=loop, tcp=True) as server:
+        client = server.connect().go()
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)
+        lengths = (1, 4096, 5000, 40_000, 70_000, 300_000)
+        ranges = [(chance.randrange(len(image.content) - 300_000), chance.choice(lengths)) for _ in range(200)]
+        read_many(client, image.content, ranges)
+
+
+@requires("qemu-img", "qemu-io")
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_many_connections_to_one_export_see_the_same_disk(loop: str, tcp: bool, chain: ChainDisk, image: Image) -> None:
     chain_export = Export.read_only("", chain)
-    with LoopServer(chain_export, loop=loop) as server:
+    with LoopServer(chain_export, loop=loop, tcp=tcp) as server:
         clients = [HealthyClient(server.address, image.content, seed=seed) for seed in range(8)]
         with clients[0], clients[1], clients[2], clients[3], clients[4], clients[5], clients[6], clients[7]:
             for client in clients:
