@@ -1,6 +1,7 @@
 """From a path to a disk: resolve the chain, make layers of its images, put the index over them."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
@@ -9,9 +10,9 @@ from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
 from nbdq.chain.resolve import resolve_chain
 from nbdq.errors import UnsupportedImage
-from nbdq.qcow2.bitmaps import read_bitmaps
+from nbdq.qcow2.bitmaps import iterate_bitmaps
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.snapshots import check_snapshot, find_snapshot, read_snapshots
+from nbdq.qcow2.snapshots import check_snapshot, find_snapshot, iterate_snapshots, read_snapshots
 
 
 def open_disk(
@@ -44,12 +45,14 @@ def open_disk(
                     raise UnsupportedImage(path, "a raw image has no internal snapshots", "leave out --load-snapshot")
                 layers.append(RawImage(layer.storage))
                 continue
-            # Read at open even when nobody asks, because QEMU refuses images in which they are broken (V24).
-            snapshots = read_snapshots(layer.storage, layer.header)
-            read_bitmaps(layer.storage, layer.header)
+            # Read even when nobody asks, because QEMU refuses images in which they are broken (V24).
+            for _ in chain(
+                iterate_snapshots(layer.storage, layer.header), iterate_bitmaps(layer.storage, layer.header)
+            ):
+                pass
             chosen = None
             if number == 0 and snapshot is not None:
-                chosen = find_snapshot(snapshots, snapshot)
+                chosen = find_snapshot(read_snapshots(layer.storage, layer.header), snapshot)
                 check_snapshot(layer.storage, layer.header, chosen)
             layers.append(Qcow2Image(layer.storage, layer.header, data=layer.data_storage, snapshot=chosen))
     except BaseException:

@@ -1,7 +1,9 @@
 """The directory of persistent dirty bitmaps: which there are, not what is in them (Q65-Q71)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
+from hashlib import blake2b
 from typing import Any
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
@@ -66,7 +68,16 @@ class Bitmap:
 def read_bitmaps(storage: FileStorage, header: Header) -> tuple[Bitmap, ...]:
     """The bitmaps of the image, in directory order; none where the extension is missing or not to be believed.
 
-    Reads pieces of the directory, whose size and count the header's checks have limited.
+    Raises:
+        ImageError, OSError: as :func:`iterate_bitmaps`.
+    """
+    return tuple(iterate_bitmaps(storage, header))
+
+
+def iterate_bitmaps(storage: FileStorage, header: Header) -> Iterator[Bitmap]:
+    """The same, one at a time.
+
+    Holds a piece of the directory, whose size and count the header's checks have limited; names alone may be 64 MiB.
 
     Raises:
         InvalidImage: the directory or an entry breaks a rule on which QEMU refuses the image (V24).
@@ -76,22 +87,23 @@ def read_bitmaps(storage: FileStorage, header: Header) -> tuple[Bitmap, ...]:
     """
     extension = header.bitmaps
     if extension is None:
-        return ()
+        return
     path = storage.path
     cursor = TableCursor(storage, extension.directory_offset, name="bitmap directory")
-    found: dict[str, Bitmap] = {}
+    found: set[bytes] = set()  # digests of the names, which are shorter
     while cursor.consumed < extension.directory_size:
         if len(found) == extension.count:
             raise InvalidImage(path, f"the bitmap directory has more than nb_bitmaps={extension.count} entries", _MEND)
         bitmap = _read_entry(path, cursor, header, directory_size=extension.directory_size)
-        if bitmap.name in found:
+        digest = blake2b(bitmap.name.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        if digest in found:
             raise InvalidImage(path, f"two bitmaps have the name '{printable(bitmap.name)}'", _MEND)
-        found[bitmap.name] = bitmap
+        found.add(digest)
+        yield bitmap
     if len(found) < extension.count:
         raise InvalidImage(
             path, f"the bitmap directory has {len(found)} entries, but nb_bitmaps is {extension.count}", _MEND
         )
-    return tuple(found.values())
 
 
 def _read_entry(path: str, cursor: TableCursor, header: Header, *, directory_size: int) -> Bitmap:

@@ -4,7 +4,7 @@ Reads only. Every entry is validated while it is read, in QEMU's order and with 
 L1 table must be is checked when somebody wants to use it (Q63).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -57,7 +57,16 @@ class Snapshot:
 
 
 def read_snapshots(storage: FileStorage, header: Header) -> tuple[Snapshot, ...]:
-    """All snapshots, in table order. Reads pieces of the table; only what it returns stays in memory.
+    """All snapshots, in table order.
+
+    Raises:
+        ImageError, OSError: as :func:`iterate_snapshots`.
+    """
+    return tuple(iterate_snapshots(storage, header))
+
+
+def iterate_snapshots(storage: FileStorage, header: Header) -> Iterator[Snapshot]:
+    """The snapshots, in table order. Holds a piece of the table at a time: names alone may be 64 MiB.
 
     Raises:
         InvalidImage: an entry or the table is larger than QEMU accepts.
@@ -65,7 +74,8 @@ def read_snapshots(storage: FileStorage, header: Header) -> tuple[Snapshot, ...]
         OSError: the file cannot be read.
     """
     cursor = TableCursor(storage, header.snapshots_offset, name="snapshot table")
-    return tuple(_read_entry(storage.path, cursor, index) for index in range(header.snapshot_count))
+    for index in range(header.snapshot_count):
+        yield _read_entry(storage.path, cursor, index)
 
 
 def find_snapshot(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot:
