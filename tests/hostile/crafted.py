@@ -3,7 +3,8 @@
 import struct
 from collections.abc import Sequence
 
-from nbdq.qcow2.format import CompressionType, Incompatible
+from nbdq.qcow2.extensions import EncryptionPointer
+from nbdq.qcow2.format import CompressionType, CryptMethod, Incompatible
 from tests.hostile.anatomy import COMPRESSED
 from tests.hostile.streams import Stream
 from tests.qcow2.minimal import minimal_header, minimal_image
@@ -49,3 +50,15 @@ def sectors_of(offset: int, length: int) -> int:
 def descriptor(offset: int, sectors: int, *, cluster_bits: int) -> int:
     """The L2 entry of a compressed cluster (Q49)."""
     return COMPRESSED | (sectors - 1) << 62 - (cluster_bits - 8) | offset
+
+
+def luks_image() -> tuple[bytes, int]:
+    """An encrypted image as far as it describes itself (Q73), and where its LUKS header is in the file."""
+    offset = 4 << 16
+    length = 592
+    header = minimal_header(crypt_method=CryptMethod.LUKS, encryption=EncryptionPointer(offset, length))
+    luks = struct.pack(">6sH32s32s32s", b"LUKS\xba\xbe", 1, b"aes", b"xts-plain64", b"sha256")
+    luks += struct.pack(">II20s32sI40s", 4096, 64, bytes(20), bytes(32), 1000, b"0d5f1e5c-7b0c-4f0e-9d3c-2f6a3b1c9e77")
+    luks += struct.pack(">II32sII", 0x00AC71F3, 1000, bytes(32), 8, 4000)
+    luks += struct.pack(">II32sII", 0x0000DEAD, 0, bytes(32), 512, 4000) * 7
+    return bytes(minimal_image(header)) + luks, offset

@@ -16,7 +16,6 @@ class Figures:
     opened: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    qemu_hangs: int = 0
     most_memory: int = 0
     most_cpu: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -36,8 +35,7 @@ class Figures:
         kinds = ", ".join(f"{kind} {self.failures[kind]}" for kind in ("hang", "traceback", "memory", "difference"))
         lines = [
             f"tried {self.tried}, opened {self.opened} ({100 * self.opened // max(self.tried, 1)} %), {kinds}",
-            f"most for one image: {self.most_memory >> 20} MiB, {self.most_cpu:.2f} s of CPU time; "
-            f"QEMU hung {self.qemu_hangs} times",
+            f"most for one image: {self.most_memory >> 20} MiB, {self.most_cpu:.2f} s of CPU time",
             *(f"explained: {reason} {count}" for reason, count in self.reasons.most_common()),
         ]
         return "\n".join(lines)

@@ -10,7 +10,6 @@ from typing import Any
 from tests.hostile.anatomy import Area
 from tests.hostile.figures import Figures
 from tests.hostile.mutations import Mutation
-from tests.hostile.referee import QemuHangs
 from tests.hostile.seeds import Seed
 from tests.hostile.verdict import Judge
 
@@ -98,13 +97,8 @@ class Laboratory:
         report = self._reader.examine(
             self._place / self._seed.top, self._judge.content, allow=self._seed.directory, snapshot=snapshot
         )
-        try:
-            finding = self._judge.judge(report, snapshot)
-        except QemuHangs:
-            figures.qemu_hangs += 1
-            return []
-        finally:
-            pristine.store(damaged)
+        finding = self._judge.judge(report, snapshot)
+        pristine.store(damaged)
         figures.add(finding, report)
         showing = f" (snapshot {snapshot})" if snapshot else ""
         return [f"{kind}: {mutation}{showing}\n    {text}" for kind, text in finding.failures]

@@ -61,7 +61,7 @@ def examine(job: dict[str, Any]) -> dict[str, Any]:
         finally:
             disk.close()
     except (NbdqError, OSError) as error:
-        found |= {"outcome": "refused", "error": str(error), "type": type(error).__name__}
+        found |= {"outcome": "refused", "error": str(error)}
     except MemoryError:
         found |= {"outcome": "memory", "error": traceback.format_exc(limit=-4)}
     except Exception:

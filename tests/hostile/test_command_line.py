@@ -1,14 +1,17 @@
 """Damaged images on the command line: whatever is wrong is said in one line on stderr, with exit status 1."""
 
 import json
+import random
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.mutations import Mutation, mutate
-from tests.hostile.seeds import VARIANTS_TO_MUTATE, Seed, make_seed
+from tests.hostile.crafted import luks_image
+from tests.hostile.mutations import Edit, Mutation, mutate
+from tests.hostile.seeds import VARIANTS_TO_MUTATE, Seed, StoredFile, make_seed
 from tests.support.cli import run_nbdq
 from tests.support.serving import refusal, serve
 from tests.support.tools import execute, requires
@@ -91,3 +94,31 @@ def test_an_image_with_a_broken_table_is_served_around_it(damage: Damage) -> Non
             assert "iB" in done.stdout, f"{mutation}: {done.stdout}"
             return
     pytest.fail("no damage of this kind")
+
+
+def test_a_damaged_luks_header_is_described_or_refused_in_one_line(tmp_path: Path) -> None:
+    """Of an encrypted image nbdq can only say what it is (Q73); that it is encrypted ends every other verb."""
+    path = tmp_path / "luks.qcow2"
+    image, header = luks_image()
+    path.write_bytes(image)
+    pristine = StoredFile.load(path)
+    pointer = image.index(struct.pack(">Q", header))
+    rng = random.Random("luks")
+    failed = 0
+    for _ in range(100):
+        # Names, numbers and the first key slots; now and then the pointer to them.
+        place = rng.choice((pointer, pointer + 8, *(header + offset for offset in range(0, 304, 4))))
+        data = rng.choice((b"\0", b"\xff", b"-", b"\x1b", b"\x80", b"A")) * rng.choice((1, 4, 8, 40))
+        recipe = Mutation("luks", 0, path.name, (), (Edit(place, data, "LUKS header"),))
+        recipe.apply(pristine).store(path)
+        for verb in (("info",), ("info", "--output=json")):
+            result = run_nbdq(*verb, path)
+            if result.exit_code:
+                failed += 1
+                assert_one_line(result.stderr, recipe)
+            elif "--output=json" in verb:
+                assert json.loads(result.stdout), recipe
+        result = run_nbdq("map", path)
+        assert result.exit_code == 1, recipe
+        assert_one_line(result.stderr, recipe)
+    assert 0 < failed < 200

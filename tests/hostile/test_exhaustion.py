@@ -138,6 +138,19 @@ def test_the_largest_disk_whose_tables_are_all_one(trap: Trap) -> None:
     assert trap.spring()["map"] == [[0, 1 << 40, 0, True, True, False, None]]
 
 
+@pytest.mark.xfail(strict=True, reason="windows of the smallest granule are built wherever a large L2 table reaches")
+def test_a_huge_disk_of_large_clusters_over_a_tiny_one_of_small_clusters(trap: Trap) -> None:
+    """One table of 2 MiB clusters maps 512 GiB, or a million times what one of 512-byte clusters in the base does."""
+    base = trap.path.with_name("base.qcow2")
+    base.write_bytes(minimal_image(minimal_header(cluster_bits=9, size=32768)))
+    size, l2 = 1 << 39, 4 << 21
+    header = minimal_header(cluster_bits=21, size=size, backing_name=base.name, backing_format="qcow2")
+    parts = {header.l1_table_offset: struct.pack(">Q", COPIED | l2), l2 + (1 << 20): struct.pack(">Q", ZERO)}
+    trap.write(header, parts, length=5 << 21)
+    report = trap.spring()
+    assert [extent[:2] for extent in report["map"] if extent[3]] == [[1 << 38, 1 << 21]]
+
+
 @pytest.mark.parametrize("count", [1024, 1025, 262000])
 def test_a_header_full_of_extensions(count: int, trap: Trap) -> None:
     extensions = b"".join(struct.pack(">II", 0x1000_0000 + number, 0) for number in range(count))
