@@ -3,8 +3,8 @@
 Commands are imported when they are named, so that each starts as fast as what it needs.
 """
 
-import io
 import gc
+import io
 import os
 import sys
 from contextlib import suppress
