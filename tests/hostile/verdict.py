@@ -112,6 +112,7 @@ class Judge:
     def __init__(self, directory: Path, images: Sequence[str], top: str) -> None:
         """``images`` are the names of all QCOW2 layers."""
         self._images = [directory / name for name in images]
+        self._top = directory / top
         self._referee = Referee(directory, top)
         self.content = directory / "ours"
         """Where the reader is to write what it reads."""
@@ -161,16 +162,17 @@ class Judge:
         if ours.shape != sectors.shape:
             finding.fail("difference", f"{len(ours)} sectors are read, but {len(sectors)} by QEMU")
             return
-        our_bad = self._judge_failures(finding, report, bad, snapshot is not None)
+        shown = None if snapshot is None else self._top
+        our_bad = self._judge_failures(finding, report, bad, shown)
         if (ours != sectors)[~our_bad & ~bad].any():
             first = int(np.flatnonzero((ours != sectors).any(axis=1) & ~our_bad & ~bad)[0])
             finding.fail("difference", f"sector {first} of what is read: {ours[first].tobytes()[:32].hex()}…")
-        self._judge_successes(finding, report["size"], np.flatnonzero(bad & ~our_bad).tolist(), snapshot is not None)
+        self._judge_successes(finding, report["size"], np.flatnonzero(bad & ~our_bad).tolist(), shown)
         if snapshot is None:
             self._judge_map(finding, report, map_)
 
     def _judge_failures(
-        self, finding: Finding, report: dict[str, Any], bad: NDArray[np.bool_], is_snapshot: bool
+        self, finding: Finding, report: dict[str, Any], bad: NDArray[np.bool_], shown: Path | None
     ) -> NDArray[np.bool_]:
         """Which sectors nbdq cannot read; ``bad`` are those that QEMU cannot."""
         our_bad = np.zeros_like(bad)
@@ -180,7 +182,7 @@ class Judge:
             piece = slice(first, first + length // 512)
             our_bad[piece] = True
             if not bad[piece].all():
-                reason = _reason_for_error(offset, message, is_snapshot)
+                reason = _reason_for_error(offset, message, shown)
                 if reason is None:
                     unexplained.append(message)
                 else:
@@ -189,12 +191,12 @@ class Judge:
             finding.fail("difference", f"QEMU reads {len(unexplained)} granules of which we say: {unexplained[0]}")
         return our_bad
 
-    def _judge_successes(self, finding: Finding, size: int, sectors: Iterable[int], is_snapshot: bool) -> None:
+    def _judge_successes(self, finding: Finding, size: int, sectors: Iterable[int], shown: Path | None) -> None:
         """Sectors that only QEMU cannot read must belong to deflate data of which zlib says so, too."""
         unexplained = []
         for sector in sectors:
             guest_offset = _guest_offset(size, sector * 512)
-            streams = (stream for path in self._images for stream in _streams(path, guest_offset, is_snapshot))
+            streams = (stream for path in self._images for stream in _streams(path, guest_offset, shown))
             reason = next(filter(None, (reason_to_read(*stream) for stream in streams)), None)
             if reason is None:
                 unexplained.append(sector)
@@ -207,7 +209,7 @@ class Judge:
         message = report["map_error"]
         if (message is None) != (map_.extents is not None):
             offset = re.search(r"guest offset (\d+)", message or "")
-            reason = _reason_for_error(int(offset[1]), message, False) if offset else None
+            reason = _reason_for_error(int(offset[1]), message, None) if offset else None
             finding.differ(reason, f"only one can map: {message}, {map_}")
         elif message is None and report["map"] != map_.extents:
             assert map_.extents is not None
@@ -234,18 +236,21 @@ def _guest_offset(size: int, position: int) -> int:
     raise AssertionError(f"position {position} is not read")
 
 
-def _streams(path: Path, guest_offset: int, is_snapshot: bool) -> Iterator[tuple[bytes, int]]:
-    """What is compressed for a guest offset in one layer, and the size of its clusters."""
+def _streams(path: Path, guest_offset: int, shown: Path | None) -> Iterator[tuple[bytes, int]]:
+    """What is compressed for a guest offset in one layer, and the size of its clusters.
+
+    ``shown`` is the image of which an internal snapshot is shown, if any; all others show their active state.
+    """
     with path.open("rb") as file:
         layout = Layout(lambda offset, length: os.pread(file.fileno(), length, offset))
-        for place in layout.entry_offsets(guest_offset, snapshots=is_snapshot):
+        for place in layout.entry_offsets(guest_offset, snapshots=path == shown):
             entry = layout.number(place, 8)
             if entry & COMPRESSED:
                 offset, length = layout.compressed_range(entry)
                 yield os.pread(file.fileno(), length, offset), layout.cluster_size
 
 
-def _reason_for_error(guest_offset: int, message: str, is_snapshot: bool) -> str | None:
+def _reason_for_error(guest_offset: int, message: str, shown: Path | None) -> str | None:
     """Why nbdq may answer EIO for a guest offset that QEMU reads, proven by the image that the message names."""
     path = re.search(r": '(.*)'$", message)
     if path is None or reason_to_fail(message):
@@ -253,7 +258,7 @@ def _reason_for_error(guest_offset: int, message: str, is_snapshot: bool) -> str
     with open(path[1], "rb") as file:
         layout = Layout(lambda offset, length: os.pread(file.fileno(), length, offset))
         end = os.fstat(file.fileno()).st_size
-        for place in layout.entry_offsets(guest_offset, snapshots=is_snapshot):
+        for place in layout.entry_offsets(guest_offset, snapshots=path[1] == str(shown)):
             # QEMU reads zeros past the end of the file: the guest would see a blank disk.
             if place // layout.cluster_size * layout.cluster_size >= end:
                 return "L2 table past the end of the file"
