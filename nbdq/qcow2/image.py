@@ -94,15 +94,33 @@ class Qcow2Image:
     def occupancy(self, start: int, end: int, step: int) -> NDArray[np.bool_]:
         """For each ``step`` bytes of ``[start, end)``, all multiples of the cluster size: may anything be allocated?"""
         coverage = self.geometry.l2_coverage
-        count = -(-(end - start) // step)
-        first, last = start // coverage, -(-end // coverage)
-        tables = np.zeros(last - first, dtype=bool)
-        entries = self._read_l1(first, last)
+        if coverage > step:  # a table says too little of windows as small as those of a layer of small clusters
+            return self._occupancy_by_cluster(start, end, step)
+        entries = self._read_l1(start // coverage, -(-end // coverage))
+        tables = np.zeros((end - start) // coverage, dtype=bool)
         tables[: len(entries)] = entries != 0
-        if coverage >= step:
-            return np.repeat(tables, coverage // step)[(start % coverage) // step :][:count]
-        tables = np.pad(tables, (0, count * (step // coverage) - len(tables)))
-        return np.asarray(tables.reshape(count, step // coverage).any(axis=1), dtype=np.bool_)
+        return np.asarray(tables.reshape(-1, step // coverage).any(axis=1), dtype=np.bool_)
+
+    def _occupancy_by_cluster(self, start: int, end: int, step: int) -> NDArray[np.bool_]:
+        geometry = self.geometry
+        occupied = np.zeros((end - start) // step, dtype=bool)
+        first = start // geometry.l2_coverage
+        for number, entry in enumerate(self._read_l1(first, -(-end // geometry.l2_coverage)).tolist(), first):
+            l2_offset = entry & L1_OFFSET_MASK
+            if not l2_offset:
+                continue
+            low = max(start, number * geometry.l2_coverage)
+            high = min(end, (number + 1) * geometry.l2_coverage)
+            found = slice((low - start) // step, (high - start) // step)
+            if l2_offset % geometry.cluster_size or l2_offset >= self._file_size:
+                occupied[found] = True  # by corrupt entries
+                continue
+            skip = (low % geometry.l2_coverage) >> geometry.cluster_bits
+            length = ((high - low) >> geometry.cluster_bits) * geometry.entry_size
+            table = self.storage.read(l2_offset + skip * geometry.entry_size, length).ljust(length, b"\0")
+            words = np.frombuffer(table, dtype=np.uint64).reshape(found.stop - found.start, -1)
+            occupied[found] = words.any(axis=1)
+        return occupied
 
     def read_compressed(self, descriptor: int) -> bytes:
         """Inflate the compressed cluster that ``descriptor`` names; ``cluster_size`` bytes.

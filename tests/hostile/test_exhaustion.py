@@ -138,7 +138,6 @@ def test_the_largest_disk_whose_tables_are_all_one(trap: Trap) -> None:
     assert trap.spring()["map"] == [[0, 1 << 40, 0, True, True, False, None]]
 
 
-@pytest.mark.xfail(strict=True, reason="windows of the smallest granule are built wherever a large L2 table reaches")
 def test_a_huge_disk_of_large_clusters_over_a_tiny_one_of_small_clusters(trap: Trap) -> None:
     """One table of 2 MiB clusters maps 512 GiB, or a million times what one of 512-byte clusters in the base does."""
     base = trap.path.with_name("base.qcow2")
