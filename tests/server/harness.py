@@ -332,13 +332,18 @@ class _ErrorRecorder(logging.Handler):
 
 @contextlib.contextmanager
 def no_descriptor_leaks() -> Iterator[None]:
-    """No more descriptors are open behind the block than before it."""
-    gc.collect()
-    before = os.listdir("/proc/self/fd")
+    """Soon after the block no more descriptors are open than before it."""
+
+    def count() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = count()
     yield
-    gc.collect()
-    after = os.listdir("/proc/self/fd")
-    assert len(after) <= len(before), f"{len(before)} descriptors before, {len(after)} after"
+    deadline = time.monotonic() + PATIENCE
+    while count() > before:
+        assert time.monotonic() < deadline, f"{before} descriptors before, {count()} after"
+        time.sleep(0.01)
 
 
 def has_ipv6() -> bool:

@@ -23,7 +23,7 @@ def is_refused(address: Address) -> bool:
     """Whether nobody listens there any more."""
     try:
         connect(address).close()
-    except (ConnectionRefusedError, FileNotFoundError):
+    except (ConnectionError, FileNotFoundError):
         return True
     return False
 
