@@ -140,3 +140,54 @@ class BlockDevice(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class WritableBlockDevice(BlockDevice, Protocol):
+    """A disk that can be changed. What a call has changed is seen by every read that begins after it returned.
+
+    Nothing is durable before a :meth:`flush` that began afterwards has returned; FUA is the caller's flush. After a
+    failure the range may hold old or new data in any mixture, and nothing else has changed.
+    """
+
+    def write_cached(self, offset: int, view: memoryview) -> bool:
+        """Write ``view`` if that needs nothing but a copy into the page cache; False, and nothing done, if not.
+
+        For one thread only. May be slow when the kernel throttles writers; the caller watches the time.
+
+        Raises:
+            OSError: the write failed.
+        """
+        ...
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Write ``view``; may allocate, copy and wait for a disk.
+
+        Raises:
+            OSError: ENOSPC if the medium or the format has no room, EROFS after corruption was found, else EIO.
+        """
+        ...
+
+    def zero(self, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
+        """Make the range read as zeros (P96). Without ``unmap`` later writes to it will find space.
+
+        Raises:
+            OSError: EOPNOTSUPP, and nothing changed, if ``fast`` and it would take as long as writing zeros; else as
+                :meth:`write`.
+        """
+        ...
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give up the contents of the range, as far as whole units of allocation go; never shows a layer below (P95).
+
+        Raises:
+            OSError: as :meth:`write`.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Make durable everything that was written by calls that have returned.
+
+        Raises:
+            OSError: it could not be; ENOSPC if another flush may succeed, else final (R-63).
+        """
+        ...

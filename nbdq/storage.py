@@ -4,11 +4,15 @@ Knows file descriptors. Must not know image formats. Everything is positional an
 returned, not hidden, because its meaning (zeros for guest data, damage for a table) is the caller's to decide.
 """
 
+import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
+
+#: What a write accepts: bytes, or a contiguous view of bytes.
+Data = bytes | bytearray | memoryview
 
 #: ``RWF_NOWAIT`` answers EAGAIN instead of waiting for the disk; file systems without it say EOPNOTSUPP.
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -17,9 +21,28 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 #: neighbouring pages, so one page in this many bytes stands for the rest; a wrong guess costs time, not truth.
 _PROBE_STRIDE = 64 << 10
 
+#: Modes of ``fallocate``, which the standard library does not offer.
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+#: The medium is full, not broken: nothing that was written before is lost, and a later write may succeed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_ZEROS = memoryview(bytes(1 << 20))
+#: The kernel takes no more buffers in one call (IOV_MAX is 1024).
+_BUFFERS_MAX = 1024
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 class FileStorage:
-    """One open image file or block device. Owns its descriptor until :meth:`close`."""
+    """One open image file or block device. Owns its descriptor until :meth:`close`.
+
+    Nothing that is written is durable before :meth:`sync` returns. After the first write or sync that failed for
+    another reason than a full medium, every further one fails with EIO: the kernel has forgotten which pages it could
+    not write, so that a second sync would succeed without having saved anything (R-63). Only reopening mends that.
+    """
 
     def __init__(self, descriptor: int, path: str) -> None:
         """Take ownership of ``descriptor``, opened on ``path``.
@@ -29,6 +52,8 @@ class FileStorage:
         """
         self.descriptor = descriptor
         self.path = path
+        self.failure: OSError | None = None
+        """The first failed write or sync; nothing is written after it."""
         self._cached_reads = bool(_NOWAIT)
         self._probe = memoryview(bytearray(1))
         status = os.fstat(descriptor)
@@ -39,13 +64,26 @@ class FileStorage:
             raise OSError(errno.EINVAL, "not a regular file or block device", path)
 
     @classmethod
-    def open(cls, path: str) -> Self:
-        """Open ``path`` for reading. Never waits: a FIFO or a dead device node cannot hang the server (R-36).
+    def open(cls, path: str, *, writable: bool = False) -> Self:
+        """Open ``path``. Never waits: a FIFO or a dead device node cannot hang the server (R-36).
 
         Raises:
             OSError: as from ``open``, or EINVAL for something that is neither a file nor a block device.
         """
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        return cls._adopt(os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), path)
+
+    @classmethod
+    def create(cls, path: str, *, mode: int = 0o644) -> Self:
+        """Make a new file at ``path``, for reading and writing; durable with :func:`sync_directory_of`.
+
+        Raises:
+            OSError: as from ``open``; FileExistsError if anything has that name.
+        """
+        return cls._adopt(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), path)
+
+    @classmethod
+    def _adopt(cls, descriptor: int, path: str) -> Self:
         try:
             return cls(descriptor, path)
         except BaseException:
@@ -124,6 +162,140 @@ class FileStorage:
                 yield data, min(hole, end), True
             position = hole
 
+    def write(self, offset: int, data: Data) -> None:
+        """Write all of ``data``, which stays the caller's.
+
+        Raises:
+            OSError: ENOSPC and its like when the medium is full; then some of ``data`` may have been written. Anything
+                else is final for this storage.
+        """
+        self.write_vector(offset, (data,))
+
+    def write_vector(self, offset: int, buffers: Sequence[Data]) -> None:
+        """Write the buffers one behind the other from ``offset``.
+
+        Raises:
+            OSError: as :meth:`write`.
+        """
+        self._check_alive()
+        try:
+            count = self._pwritev(buffers, offset)
+            left = sum(map(len, buffers)) - count
+            if left:
+                self._write_rest(offset, buffers, count)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _write_rest(self, offset: int, buffers: Sequence[Data], done: int) -> None:
+        for buffer in buffers:
+            view = memoryview(buffer)
+            if done >= len(view):
+                done -= len(view)
+            else:
+                while done < len(view):
+                    done += self._pwritev((view[done:],), offset + done)
+                done = 0
+            offset += len(view)
+
+    def sync(self) -> None:
+        """Make everything durable whose write ended before this call.
+
+        Raises:
+            OSError: it may be lost; final for this storage (R-63).
+        """
+        self._check_alive()
+        try:
+            self._fdatasync()
+        except OSError as error:
+            raise self._failed(error, final=True) from error
+
+    def reserve(self, offset: int, length: int) -> None:
+        """See to it that writing the range will not find the medium full, where the file system can promise that.
+
+        What the file does not have yet of the range reads as zeros.
+
+        Raises:
+            OSError: ENOSPC if there is no room.
+        """
+        if not self.is_block_device:
+            self._try_fallocate(0, offset, length)
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give the range back to the file system, if it can take it. What is read there afterwards is undefined.
+
+        Raises:
+            OSError: the medium failed; final for this storage.
+        """
+        self._try_fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def write_zeros(self, offset: int, length: int, *, allocated: bool = False) -> None:
+        """Make the range read as zeros; with ``allocated`` it keeps or gets space of its own.
+
+        Raises:
+            OSError: as :meth:`write`.
+        """
+        if not self.is_block_device and offset + length > self.size():
+            self.truncate(offset + length)  # punching cannot make a file longer
+        if self._try_fallocate(_ZERO_RANGE if allocated else _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+            return
+        whole, rest = divmod(length, len(_ZEROS))
+        for number in range(whole):
+            self.write(offset + number * len(_ZEROS), _ZEROS)
+        if rest:
+            self.write(offset + length - rest, _ZEROS[:rest])
+
+    def truncate(self, size: int) -> None:
+        """Set the length of a file; what is new reads as zeros.
+
+        Raises:
+            OSError: as :meth:`write`.
+        """
+        self._check_alive()
+        try:
+            self._ftruncate(size)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _try_fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """False where the file system cannot do that."""
+        self._check_alive()
+        try:
+            self._fallocate(mode, offset, length)
+        except OSError as error:
+            if error.errno in _NO_FALLOCATE:
+                return False
+            raise self._failed(error) from error
+        return True
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            reason = self.failure.strerror
+            raise OSError(errno.EIO, f"nothing is written after a failure ({reason}); reopen the image", self.path)
+
+    def _failed(self, error: OSError, *, final: bool = False) -> OSError:
+        """Note a failure, unless the medium is only full; the same with our path."""
+        if self.failure is None and (final or error.errno not in _FULL):
+            self.failure = error
+        return OSError(error.errno, error.strerror, self.path)
+
+    # The four system calls that change files, each alone: tests record them here and make them fail.
+
+    def _pwritev(self, buffers: Sequence[Data], offset: int) -> int:
+        if len(buffers) > _BUFFERS_MAX:
+            buffers = buffers[:_BUFFERS_MAX]
+        return os.pwritev(self.descriptor, buffers, offset)
+
+    def _fdatasync(self) -> None:
+        os.fdatasync(self.descriptor)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        if _libc.fallocate(self.descriptor, mode, ctypes.c_int64(offset), ctypes.c_int64(length)):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def _ftruncate(self, size: int) -> None:
+        os.ftruncate(self.descriptor, size)
+
     def size(self) -> int:
         """Length of the file or device in bytes."""
         if self.is_block_device:
@@ -139,3 +311,16 @@ class FileStorage:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def sync_directory_of(path: str) -> None:
+    """Make the name of a new, renamed or removed file durable.
+
+    Raises:
+        OSError: the directory cannot be opened or synced.
+    """
+    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
