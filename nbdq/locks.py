@@ -48,6 +48,10 @@ class Claim(NamedTuple):
         """What nobody else may do meanwhile."""
         return ~self.shared
 
+    def beyond(self, other: "Claim") -> "Claim":
+        """What this claim needs and refuses and ``other`` does not."""
+        return Claim(self.permissions & ~other.permissions, self.shared | other.refused)
+
 
 #: An image that is only read, and every layer below a top: nobody may change or resize it. Bytes 100, 201, 203 (L6).
 READER = Claim(
@@ -55,9 +59,32 @@ READER = Claim(
     shared=Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED,
 )
 
+#: A QCOW2 image that is written to: nobody else may change it. Bytes 100, 101, 103, 201, 203 (L6).
+WRITER = Claim(
+    permissions=Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE,
+    shared=Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED,
+)
+
+#: A raw image that is written to and keeps its length. Bytes 100, 101, 201, 203: what qemu-nbd refuses to others (203)
+#: and what a guest of QEMU refuses to others (201), so that of two writers of one disk the second never gets in.
+RAW_WRITER = Claim(
+    permissions=Permission.CONSISTENT_READ | Permission.WRITE,
+    shared=Permission.CONSISTENT_READ | Permission.WRITE_UNCHANGED,
+)
+
+#: The external data file of a QCOW2 image that is written to. Bytes 100, 101, 103, 203 as in QEMU, which lets those
+#: write who claim nothing more; a second image with this data file, and whoever serves it as a raw disk, are kept away.
+DATA_FILE_WRITER = Claim(
+    permissions=Permission.CONSISTENT_READ | Permission.WRITE | Permission.RESIZE,
+    shared=Permission.CONSISTENT_READ | Permission.WRITE | Permission.WRITE_UNCHANGED,
+)
+
 #: The reader of ``--force-share``: others may write, and reading nonsense is the operator's risk. Byte 100 alone, like
 #: ``qemu-img -U``; an image that is inconsistent by design, such as a layer being committed, still refuses it.
 TOLERANT_READER = Claim(permissions=Permission.CONSISTENT_READ, shared=~Permission(0))
+
+#: The claim of somebody who has not claimed anything.
+_NO_CLAIM = Claim(permissions=Permission(0), shared=~Permission(0))
 
 
 class Locking(Enum):
@@ -85,23 +112,41 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 def lock_image(descriptor: int, path: str, claim: Claim, mode: Locking = Locking.AUTO) -> bool:
     """Hold ``claim`` on the image open at ``descriptor`` until that is closed; ``path`` is for messages.
 
-    The descriptor must be open for reading and hold no claim yet: a refused claim is withdrawn byte by byte.
+    The descriptor must be open for reading and hold no claim yet.
 
     Returns:
         Whether the claim is held; False without locking, or on a file system without locks under ``AUTO``.
 
     Raises:
-        ImageLocked: another user's claim is contrary to this one.
+        ImageLocked: another user's claim is contrary to this one; nothing is held.
         ImageError: the file system has no locks and ``mode`` is ``ON``.
         OSError: any other failure of ``fcntl``.
     """
+    return change_claim(descriptor, path, _NO_CLAIM, claim, mode)
+
+
+def change_claim(descriptor: int, path: str, old: Claim, new: Claim, mode: Locking = Locking.AUTO) -> bool:
+    """Hold ``new`` instead of ``old`` on the image open at ``descriptor``, without a moment of holding less than both
+    have in common (L5): what ``new`` has more is taken and tested, and only then released what it has less.
+
+    So whoever gives up a right must have stopped using it before this call, and whoever gains one may use it after.
+
+    Returns:
+        As :func:`lock_image`.
+
+    Raises:
+        ImageLocked: another user's claim is contrary to ``new``; ``old`` is still held. Cannot happen where ``new``
+            needs and refuses nothing that ``old`` did not.
+        ImageError, OSError: as from :func:`lock_image`; ``old`` is still held.
+    """
     if mode is Locking.OFF:
         return False
+    added = new.beyond(old)
     try:
-        _publish(descriptor, claim)
-        conflict = _find_conflict(descriptor, claim)
+        _publish(descriptor, added)
+        conflict = _find_conflict(descriptor, added)
     except OSError as error:
-        _withdraw(descriptor, claim)
+        _withdraw(descriptor, added)
         if error.errno in _CONFLICTS:
             # Nobody who follows the protocol takes a write lock on these bytes.
             raise ImageLocked(path, "another process locks the whole file", "stop that process") from error
@@ -112,8 +157,9 @@ def lock_image(descriptor: int, path: str, claim: Claim, mode: Locking = Locking
             raise ImageError(path, f"the file system cannot lock it ({error.strerror})", mend) from error
         return False
     if conflict is not None:
-        _withdraw(descriptor, claim)
-        raise _refusal(path, *conflict)
+        _withdraw(descriptor, added)
+        raise _refusal(path, new, *conflict)
+    _withdraw(descriptor, old.beyond(new))
     return True
 
 
@@ -147,10 +193,12 @@ def _find_conflict(descriptor: int, claim: Claim) -> tuple[Permission, bool] | N
     return None
 
 
-def _refusal(path: str, permission: Permission, refused_by_us: bool) -> ImageLocked:
+def _refusal(path: str, claim: Claim, permission: Permission, refused_by_us: bool) -> ImageLocked:
     shared = "shared " if refused_by_us else ""
     mend = "stop the other process"
-    if refused_by_us:
+    if Permission.WRITE in claim.permissions:
+        mend += ", or serve the image with -r/--read-only if that only reads it"
+    elif refused_by_us:
         mend += ", or read the image while it changes with -U/--force-share"
     return ImageLocked(
         path, f'failed to get {shared}"{permission.qemu_name}" lock: another process uses the image', mend

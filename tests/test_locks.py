@@ -11,10 +11,20 @@ from pathlib import Path
 import pytest
 
 from nbdq.errors import ImageError, ImageLocked
-from nbdq.locks import READER, TOLERANT_READER, Claim, Locking, Permission, lock_image
+from nbdq.locks import (
+    DATA_FILE_WRITER,
+    RAW_WRITER,
+    READER,
+    TOLERANT_READER,
+    WRITER,
+    Claim,
+    Locking,
+    Permission,
+    change_claim,
+    lock_image,
+)
 
-#: A read-write top, and a layer that is being committed and does not promise consistent reads (L6).
-WRITER = Claim(READER.permissions | Permission.WRITE | Permission.RESIZE, READER.shared)
+#: A layer that is being committed and does not promise consistent reads (L6).
 COMMITTING = Claim(READER.permissions, Permission.WRITE_UNCHANGED)
 
 Opener = Callable[[], int]
@@ -64,9 +74,11 @@ def is_granted(descriptor: int, claim: Claim) -> bool:
         (READER, {100, 201, 203}),
         (TOLERANT_READER, {100}),
         (WRITER, {100, 101, 103, 201, 203}),
+        (RAW_WRITER, {100, 101, 201, 203}),
+        (DATA_FILE_WRITER, {100, 101, 103, 203}),
         (COMMITTING, {100, 200, 201, 203}),
     ],
-    ids=["reader", "tolerant reader", "writer", "committing"],
+    ids=["reader", "tolerant reader", "writer", "raw writer", "data file writer", "committing"],
 )
 def test_a_claim_shows_as_the_bytes_that_qemu_locks(user: Opener, claim: Claim, expected: set[int]) -> None:
     """L3, L6."""
@@ -86,6 +98,13 @@ def test_a_claim_shows_as_the_bytes_that_qemu_locks(user: Opener, claim: Claim, 
         (TOLERANT_READER, COMMITTING, False),
         (WRITER, WRITER, False),
         (WRITER, COMMITTING, False),
+        (RAW_WRITER, RAW_WRITER, False),
+        (RAW_WRITER, WRITER, False),
+        (RAW_WRITER, DATA_FILE_WRITER, False),
+        (RAW_WRITER, READER, False),
+        (DATA_FILE_WRITER, DATA_FILE_WRITER, False),
+        (DATA_FILE_WRITER, WRITER, False),
+        (DATA_FILE_WRITER, READER, False),
         (COMMITTING, COMMITTING, False),
     ],
 )
@@ -124,6 +143,16 @@ def test_a_refusal_says_in_one_line_and_qemus_words_what_conflicts(
     assert ("--force-share" in message) == ("shared" in words)
 
 
+def test_a_writer_who_is_refused_may_come_back_as_a_reader(user: Opener) -> None:
+    """No switch lets two write; whether the other one writes, too, a writer cannot see."""
+    for holder in (READER, WRITER):
+        first, second = user(), user()
+        lock_image(first, "image", holder)
+        with pytest.raises(ImageLocked, match="stop the other process, or serve the image with -r/--read-only if"):
+            lock_image(second, "image", WRITER)
+        change_claim(first, "image", holder, TOLERANT_READER)
+
+
 def test_a_refused_claim_leaves_nothing_behind(user: Opener) -> None:
     """L4."""
     holder, newcomer = user(), user()
@@ -132,6 +161,69 @@ def test_a_refused_claim_leaves_nothing_behind(user: Opener) -> None:
         lock_image(newcomer, "image", WRITER)
     assert locked_bytes(holder) == set()
     assert is_granted(user(), READER)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(READER, WRITER), (WRITER, READER), (WRITER, COMMITTING), (COMMITTING, TOLERANT_READER)]
+)
+def test_a_changed_claim_shows_as_if_it_had_been_the_first(user: Opener, old: Claim, new: Claim) -> None:
+    """L5: a live snapshot makes a reader of the old top, a commit a writer of the base."""
+    holder, other = user(), user()
+    lock_image(holder, "image", old)
+    assert change_claim(holder, "image", old, new)
+    held = locked_bytes(other)
+    fcntl.fcntl(holder, fcntl.F_OFD_SETLK, flock(fcntl.F_UNLCK, 0, 0))
+    lock_image(holder, "image", new)
+    assert locked_bytes(other) == held
+
+
+def test_a_claim_that_cannot_grow_stays_what_it_was(user: Opener) -> None:
+    """L5: the chain goes on being served, and locked, when a commit into its base is refused."""
+    holder, other = user(), user()
+    lock_image(holder, "image", READER)
+    lock_image(other, "image", READER)
+    with pytest.raises(ImageLocked, match='failed to get "write" lock'):
+        change_claim(holder, "image", READER, WRITER)
+    assert locked_bytes(other) == {100, 201, 203}
+    assert change_claim(other, "image", READER, TOLERANT_READER)
+    assert change_claim(holder, "image", READER, WRITER)
+
+
+def test_a_claim_that_changes_is_never_without_what_both_have(user: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L5: at no moment could a writer slip in, and nothing is given up before the new claim has been tested."""
+    holder, observer = user(), user()
+    lock_image(holder, "image", WRITER)
+    seen: list[set[int]] = []
+    original = fcntl.fcntl
+
+    def watch(descriptor: int, command: int, argument: bytes) -> bytes:
+        answer = original(descriptor, command, argument)
+        if descriptor == holder:
+            monkeypatch.undo()
+            seen.append(locked_bytes(observer))
+            monkeypatch.setattr(fcntl, "fcntl", watch)
+        return answer
+
+    monkeypatch.setattr(fcntl, "fcntl", watch)
+    change_claim(holder, "image", WRITER, COMMITTING)
+    monkeypatch.undo()
+    assert seen[0] == {100, 101, 103, 200, 201, 203}
+    assert seen[-1] == {100, 200, 201, 203}
+    assert all(held >= {100, 201, 203} for held in seen)
+
+
+def test_giving_up_rights_cannot_fail(user: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a snapshot that is done could not be reported as done."""
+    holder, other = user(), user()
+    lock_image(holder, "image", WRITER)
+    fcntl.fcntl(other, fcntl.F_OFD_SETLK, flock(fcntl.F_RDLCK, 100, 200))  # contrary to everything, after the fact
+
+    def refuse(*_: object) -> bytes:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    assert change_claim(holder, "image", WRITER, READER)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert change_claim(holder, "image", READER, TOLERANT_READER, Locking.ON)
 
 
 def test_a_claim_ends_when_the_last_descriptor_of_its_opening_is_closed(image: Path, user: Opener) -> None:
