@@ -21,7 +21,7 @@ _MAX_NAME = 1023
 _MAX_LINKS = 40
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 _KINDS = {
     stat.S_IFBLK: "a block device",
@@ -87,8 +87,8 @@ class Gate:
         self._named_roots = tuple(map(os.path.realpath, policy.roots))
         self._roots = (*self._named_roots, os.path.realpath(os.path.dirname(top)))
 
-    def open(self, reference: Reference) -> FileStorage:
-        """Open what ``reference`` leads to, for reading; the caller owns it. Never waits.
+    def open(self, reference: Reference, *, writable: bool = False) -> FileStorage:
+        """Open what ``reference`` leads to; the caller owns it. Never waits.
 
         Raises:
             ChainError: the name, the place or the kind of file is not allowed; nothing outside the roots was opened.
@@ -102,7 +102,8 @@ class Gate:
             mend = "allow its directory with --allow-backing DIR"
             raise reference.error(f"lies outside the allowed directories{leads}", mend)
         devices_allowed = any(_is_beneath(target, root) for root in self._named_roots)
-        return _open_beneath(root, target, reference, devices_allowed=devices_allowed)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        return _open_beneath(root, target, reference, access=access, devices_allowed=devices_allowed)
 
 
 def _check_name(reference: Reference) -> None:
@@ -153,7 +154,7 @@ def _is_beneath(path: str, root: str) -> bool:
     return path.startswith(root.rstrip("/") + "/")
 
 
-def _open_beneath(root: str, target: str, reference: Reference, *, devices_allowed: bool) -> FileStorage:
+def _open_beneath(root: str, target: str, reference: Reference, *, access: int, devices_allowed: bool) -> FileStorage:
     """Open ``target``, a path without links beneath ``root``, one component at a time and following no link.
 
     A component that became a link after ``target`` was computed therefore ends in an error, not elsewhere (R-36).
@@ -166,7 +167,7 @@ def _open_beneath(root: str, target: str, reference: Reference, *, devices_allow
             os.close(outer)
         # Asked before opening, because opening some devices has effects; and after it, because names can be exchanged.
         _check_kind(os.stat(name, dir_fd=here, follow_symlinks=False), reference, devices_allowed=devices_allowed)
-        file = os.open(name, _FILE, dir_fd=here)
+        file = os.open(name, access | _FILE, dir_fd=here)
     finally:
         os.close(here)
     try:

@@ -14,10 +14,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Protocol
 
 from nbdq.chain.policy import Gate, Policy, Reference, Role, has_protocol
 from nbdq.errors import ChainError, ImageError, UnsupportedImage, printable
-from nbdq.locks import READER, TOLERANT_READER, lock_image
+from nbdq.locks import DATA_FILE_WRITER, RAW_WRITER, READER, TOLERANT_READER, WRITER, Claim, lock_image
 from nbdq.qcow2.fields import MAGIC
 from nbdq.qcow2.format import Header, read_header
 from nbdq.storage import FileStorage
@@ -32,6 +33,16 @@ class Format(StrEnum):
 
 #: Older QEMU records the protocol driver of a backing file that it uses without a format; that reads like raw (N7).
 _RECORDED_FOR_RAW = ("file", "host_device")
+
+#: What the kernel says to writers where readers may be welcome: no permission, a read-only file system or device, an
+#: immutable file, a running program.
+_MAY_NOT_WRITE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ETXTBSY)
+
+
+class _Opener(Protocol):
+    """Opens one certain file; the caller owns it."""
+
+    def __call__(self, *, writable: bool) -> FileStorage: ...
 
 
 @dataclass(frozen=True)
@@ -66,22 +77,31 @@ def resolve_chain(
     policy: Policy | None = None,
     backing: Sequence[tuple[str, str]] | None = None,
     describe: bool = False,
+    writable: bool = False,
 ) -> list[ResolvedLayer]:
     """Open and lock the image at ``path`` and all layers below it; top first. The caller owns what is returned.
 
     ``backing`` overrules the headers: the layers below the top are exactly these (format, path) pairs of the operator,
     and none at all if it is empty (F4). With ``describe`` the layers are only to be talked about: encrypted images are
-    welcome, and data files stay closed (R-37). On failure everything that was opened is closed again.
+    welcome, and data files stay closed (R-37). With ``writable`` the top and its data file are open for writing and
+    claimed by us alone; every layer below is only read, as always (D4). On failure everything that was opened is closed
+    again, and nothing was changed.
 
     Raises:
-        ChainError: a layer or data file is missing, refused, undeclared or a repetition, or the chain is too deep.
-        ImageLocked: another process writes to a layer.
+        ChainError: a layer or data file is missing, refused, undeclared or a repetition, or the chain is too deep; or
+            the top may not be written to.
+        ImageLocked: another process writes to a layer, or uses a top that is to be ``writable``; an open top of ours
+            counts as another process's.
         UnsupportedImage: a format or feature that nbdq does not have.
         InvalidImage, CorruptImage: a header that cannot be believed.
         ImageError: a header cannot be read, or a file cannot be locked where that is demanded.
     """
+    policy = policy or Policy()
+    if writable and policy.force_share:
+        mend = "leave out -U/--force-share, or serve the image with -r/--read-only"
+        raise ChainError(path, "cannot be written to while others may change it", mend)
     with ExitStack() as opened:
-        walk = _Walk(path, policy or Policy(), opened, describe=describe)
+        walk = _Walk(path, policy, opened, describe=describe, writable=writable)
         walk.add_named(path, _supported(format, path, "format"))
         if backing is None:
             while walk.follow():
@@ -96,9 +116,10 @@ def resolve_chain(
 class _Walk:
     """A chain while it is being resolved. What it opens is registered with ``opened``."""
 
-    def __init__(self, top: str, policy: Policy, opened: ExitStack, *, describe: bool) -> None:
+    def __init__(self, top: str, policy: Policy, opened: ExitStack, *, describe: bool, writable: bool) -> None:
         self.layers: list[ResolvedLayer] = []
         self._describe = describe
+        self._writable = writable
         self._policy = policy
         self._gate = Gate(top, policy)
         self._opened = opened
@@ -111,7 +132,10 @@ class _Walk:
             raise ChainError(self.layers[-1].path, "is raw and hides every layer below it", "make it the last layer")
         fail = partial(ChainError, path)
         self._check_depth(fail)
-        self._add(self._open(lambda: FileStorage.open(path), fail), format)
+        claim = None
+        if self._is_next_writable():
+            claim = RAW_WRITER if format is Format.RAW else WRITER
+        self._add(self._open(partial(FileStorage.open, path), fail, claim), format)
 
     def follow(self) -> bool:
         """Add the backing file that the last layer names; False if it names none."""
@@ -124,7 +148,7 @@ class _Walk:
         if recorded in _RECORDED_FOR_RAW:
             recorded = Format.RAW
         format = _supported(recorded, above.path, f"format of {reference}") if recorded else None
-        storage = self._open(lambda: self._gate.open(reference), reference.error)
+        storage = self._open(partial(self._gate.open, reference), reference.error)
         if format is None:
             raise _undeclared(reference, storage)
         self._add(storage, format)
@@ -147,12 +171,19 @@ class _Walk:
         reference = Reference(image, Role.DATA, name, backing_path(image, name))
         if not self._policy.allow_data_file:
             raise reference.error("is refused: external data files are off", "allow them with --allow-data-file")
-        return self._open(lambda: self._gate.open(reference), reference.error)
+        claim = DATA_FILE_WRITER if self._is_next_writable() else None
+        return self._open(partial(self._gate.open, reference), reference.error, claim)
 
-    def _open(self, opener: Callable[[], FileStorage], fail: Callable[[str, str], ChainError]) -> FileStorage:
-        """Open and lock one more file of the chain, which must not be part of it yet."""
+    def _is_next_writable(self) -> bool:
+        """Whether the layer that is being added will be written to: never one below the top (D4)."""
+        return self._writable and not self.layers
+
+    def _open(
+        self, opener: _Opener, fail: Callable[[str, str], ChainError], writer: Claim | None = None
+    ) -> FileStorage:
+        """Open and lock one more file of the chain, which must not be part of it yet; for writing as ``writer``."""
         try:
-            storage = opener()
+            storage = opener(writable=writer is not None)
             self._opened.callback(storage.close)
             keys = (storage.identity, os.path.realpath(storage.path))
             for key in keys:
@@ -161,10 +192,10 @@ class _Walk:
                     raise fail(f"closes a loop: it is in the chain already, as {known}", "rebase the image")
             self._known.update(dict.fromkeys(keys, storage.path))
             # Raw files, too, whose writers QEMU tolerates: the chain index remembers where their holes are.
-            claim = TOLERANT_READER if self._policy.force_share else READER
+            claim = writer or (TOLERANT_READER if self._policy.force_share else READER)
             lock_image(storage.descriptor, storage.path, claim, self._policy.locking)
         except OSError as error:
-            raise fail(*_explain(error)) from error
+            raise fail(*_explain(error, writable=writer is not None)) from error
         return storage
 
     def _check_depth(self, fail: Callable[[str, str], ChainError]) -> None:
@@ -193,11 +224,13 @@ def _undeclared(reference: Reference, storage: FileStorage) -> ChainError:
     return reference.error("has no recorded format", f"if it is {likely}, record that with: {command}")
 
 
-def _explain(error: OSError) -> tuple[str, str]:
+def _explain(error: OSError, *, writable: bool) -> tuple[str, str]:
     """Why a file could not be opened, and what to do about it."""
     if error.errno == errno.ENOENT:
         return "is missing", "bring it back, or correct the name"
     if error.errno == errno.EMFILE:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"cannot be opened: all {limit} file descriptors are in use", "raise RLIMIT_NOFILE (ulimit -n)"
+    if writable and error.errno in _MAY_NOT_WRITE:
+        return f"cannot be opened for writing: {error.strerror}", "serve the image with -r/--read-only"
     return f"cannot be opened: {error.strerror}", ""

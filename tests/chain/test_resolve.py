@@ -1,5 +1,7 @@
 """From the path of a top image to its open, locked chain (N1-N8, F1-F6, S1-S4, D1-D4, Q76)."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -15,12 +17,10 @@ import pytest
 from nbdq.chain.policy import Policy
 from nbdq.chain.resolve import ResolvedLayer, backing_path, resolve_chain
 from nbdq.errors import ImageError, ImageLocked, InvalidImage, UnsupportedImage
-from nbdq.locks import READER, Claim, Locking, Permission, lock_image
+from nbdq.locks import READER, TOLERANT_READER, WRITER, Claim, Locking, lock_image
 from nbdq.storage import FileStorage
 from tests.support.references import refer
 from tests.support.tools import execute, requires, run
-
-WRITER = Claim(READER.permissions | Permission.WRITE | Permission.RESIZE, READER.shared)
 
 
 @contextmanager
@@ -49,11 +49,11 @@ def refusal(path: Path | str, **options: object) -> str:
     return f"{type(caught.value).__name__} {message}"
 
 
-def is_locked(path: Path) -> bool:
-    """Whether somebody keeps writers away from ``path``."""
+def is_locked(path: Path, newcomer: Claim = WRITER) -> bool:
+    """Whether somebody keeps writers, or whoever else wants in, away from ``path``."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return not lock_image(descriptor, str(path), WRITER)
+        return not lock_image(descriptor, str(path), newcomer)
     except ImageLocked:
         return True
     finally:
@@ -425,6 +425,116 @@ def test_a_refused_chain_leaves_no_layer_open_or_locked(tmp_path: Path) -> None:
         (tmp_path / "0.qcow2").write_bytes(refer(backing))
         assert refusal(top).startswith("ChainError ")  # which looks for open descriptors
         assert not any(is_locked(tmp_path / f"{number}.qcow2") for number in range(6))
+
+
+# Writable tops
+
+
+def is_writable(storage: FileStorage) -> bool:
+    return fcntl.fcntl(storage.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+
+def test_of_a_writable_chain_only_the_top_and_its_data_file_can_be_written_to(tmp_path: Path) -> None:
+    """D4, L6: the layers below are shared with readers, the top is not."""
+    (tmp_path / "top").write_bytes(refer(b"middle", data_file=b"data"))
+    (tmp_path / "middle").write_bytes(refer(b"base", format="raw", data_file=b"lower-data"))
+    for name in ("data", "lower-data", "base"):
+        (tmp_path / name).write_bytes(b"")
+    policy = Policy(allow_data_file=True)
+    for open_for, below in (({"backing": None}, 2), ({"backing": [("raw", str(tmp_path / "base"))]}, 1)):
+        with resolved(tmp_path / "top", policy=policy, writable=True, **open_for) as layers:
+            assert len(layers) == 1 + below
+            used = {os.path.basename(file.path): file for file in (layer.storage for layer in layers)}
+            used |= {os.path.basename(file.path): file for file in (layer.data_storage for layer in layers) if file}
+            for name, storage in used.items():
+                is_ours = name in ("top", "data")
+                assert is_writable(storage) == is_ours
+                assert is_locked(tmp_path / name)
+                assert is_locked(tmp_path / name, READER) == is_ours
+                assert not is_locked(tmp_path / name, TOLERANT_READER)
+    with resolved(tmp_path / "top", policy=policy) as layers:
+        assert not any(is_writable(layer.storage) for layer in layers)
+
+
+def test_overlays_of_one_base_are_written_to_at_the_same_time(tmp_path: Path) -> None:
+    """L10."""
+    (tmp_path / "base").write_bytes(refer())
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(refer(b"base"))
+    with resolved(tmp_path / "first", writable=True), resolved(tmp_path / "second", writable=True):
+        message = refusal(tmp_path / "base", writable=True)
+    assert message.startswith(f'ImageLocked {tmp_path}/base: failed to get "write" lock')
+
+
+@pytest.mark.parametrize("format", ["qcow2", "raw"])
+@pytest.mark.parametrize("name", ["top", "link", "hardlink"])
+def test_an_image_is_the_writable_top_of_one_disk_only(tmp_path: Path, format: str, name: str) -> None:
+    """L10: also within one process, and under whatever name."""
+    (tmp_path / "top").write_bytes(refer())
+    (tmp_path / "link").symlink_to("top")
+    (tmp_path / "hardlink").hardlink_to(tmp_path / "top")
+    with resolved(tmp_path / "top", format=format, writable=True):
+        for other in ("qcow2", "raw"):
+            message = refusal(tmp_path / name, format=other, writable=True)
+            assert message.startswith(f'ImageLocked {tmp_path}/{name}: failed to get "write" lock')
+            assert message.endswith(
+                "stop the other process, or serve the image with -r/--read-only if that only reads it"
+            )
+            assert "lock" in refusal(tmp_path / name, format=other)
+    with resolved(tmp_path / name, format=format, writable=True):
+        pass
+
+
+def test_a_data_file_serves_one_writable_image_only(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(refer(data_file=b"data"))
+    (tmp_path / "data").write_bytes(b"")
+    policy = Policy(allow_data_file=True)
+    with resolved(tmp_path / "first", policy=policy, writable=True):
+        assert refusal(tmp_path / "second", policy=policy, writable=True).startswith(f"ImageLocked {tmp_path}/data: ")
+        assert refusal(tmp_path / "data", format="raw", writable=True).startswith(f"ImageLocked {tmp_path}/data: ")
+        assert refusal(tmp_path / "data", format="raw").startswith(f"ImageLocked {tmp_path}/data: ")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM, errno.ETXTBSY])
+@pytest.mark.parametrize("name", ["top", "data"])
+def test_what_may_only_be_read_is_refused_to_writers_with_the_switch_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    (tmp_path / "top").write_bytes(refer(data_file=b"data"))
+    (tmp_path / "data").write_bytes(b"")
+    original = os.open
+
+    def protect(path: str, flags: int, *arguments: int, **options: int) -> int:
+        if os.path.basename(path) == name and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(number, os.strerror(number), path)
+        return original(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", protect)
+    policy = Policy(allow_data_file=True)
+    message = refusal(tmp_path / "top", policy=policy, writable=True)
+    assert message.startswith(f"ChainError {tmp_path}/top: ")
+    assert message.endswith(f"cannot be opened for writing: {os.strerror(number)}; serve the image with -r/--read-only")
+    with resolved(tmp_path / "top", policy=policy) as [layer]:
+        assert layer.data_storage is not None
+
+
+def test_nobody_writes_to_an_image_that_others_may_change(tmp_path: Path) -> None:
+    (tmp_path / "top").write_bytes(refer())
+    message = refusal(tmp_path / "top", policy=Policy(force_share=True), writable=True)
+    assert message == (
+        f"ChainError {tmp_path}/top: cannot be written to while others may change it; "
+        "leave out -U/--force-share, or serve the image with -r/--read-only"
+    )
+
+
+def test_a_chain_that_cannot_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "top").write_bytes(refer(b"gone"))
+    before = (tmp_path / "top").stat()
+    refusal(tmp_path / "top", writable=True)  # which looks for open descriptors
+    after = (tmp_path / "top").stat()
+    assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
+    assert not is_locked(tmp_path / "top")
 
 
 @requires("qemu-img")
