@@ -1,7 +1,8 @@
 """The transmission phase: receive buffer → raw requests, the one list of reasons to refuse them, and reply headers.
 
-The hot path of the server: no object per request but the tuple that ``struct`` makes. Knows byte layouts and the rules
-of the protocol. Must not know sockets, files, or how a request is carried out; payloads of replies pass by untouched.
+The hot path of the server: no object per request but the tuple that ``struct`` makes, and a view of the payload of a
+WRITE. Knows byte layouts and the rules of the protocol. Must not know sockets, files, or how a request is carried out;
+payloads of replies pass by untouched.
 
 The only violations that end a connection here are a wrong request magic (P80) and a WRITE too long to consume (P85);
 every other fault of a request is a :class:`Refusal`, which is a reply (P141).
@@ -9,6 +10,7 @@ every other fault of a request is a :class:`Refusal`, which is a reply (P141).
 
 import errno as system_errno
 import struct
+from collections import deque
 from typing import NamedTuple
 
 from nbdq.errors import ProtocolError
@@ -31,8 +33,12 @@ from nbdq.nbd.messages import bounded_text
 #: ``flags << 16 | command`` (P80). A READ without flags therefore is operation 0.
 RawRequest = tuple[int, int, int, int, int]
 
-#: Bytes of the receive buffer: 9000 headers, or a large piece of a payload.
+#: Bytes of the receive buffer: 9000 headers, or the payloads of sixty small writes.
 BUFFER_SIZE = 256 << 10
+#: Behind a payload of at least this length another such is likely. Then only a little is received at first, lest most
+#: of it comes into the receive buffer, to be copied from there into its own memory.
+_LARGE_PAYLOAD = 128 << 10
+_LITTLE = 4 << 10
 
 REQUEST = struct.Struct(">IIQQI")
 SIMPLE_REPLY = struct.Struct(">IIQ")
@@ -56,6 +62,7 @@ _WRITE_ZEROES = int(Command.WRITE_ZEROES)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _DONE = int(ChunkFlag.DONE)
 _OFFSET_DATA = int(ChunkType.OFFSET_DATA)
+_NONE = int(ChunkType.NONE)
 
 
 class Refusal(NamedTuple):
@@ -96,17 +103,30 @@ _ADVERTISED_BY = {
 }
 
 
+_NO_PAYLOAD = memoryview(b"")
+
+
 class Transmission:
     """One client's transmission phase: the receive buffer and what was agreed.
 
     The owner receives into :meth:`buffer`, tells :meth:`received` how much came, and answers what that returns. Bytes
     that the handshake left over are copied into :meth:`buffer` first, as if they had just come.
+
+    The payload of a WRITE that has come as a whole is a view of the receive buffer. If only its beginning has come,
+    ``wanted`` says how much memory the owner has to :meth:`provide` before it receives again; the rest is then received
+    there. Nobody sees any of it before its last byte has come (R-71).
     """
 
     def __init__(self, negotiated: Negotiated, buffer: bytearray | None = None) -> None:
         """``buffer`` may be shared by all whose :meth:`buffer` and :meth:`received` are called in turn, in one thread;
-        between the two calls it is ours. Without it there is one of our own."""
+        between the two calls it is ours, and while nobody receives into it, so are the views that :meth:`settle` would
+        copy. Without it there is one of our own."""
         self.negotiated = negotiated
+        self.payloads: deque[memoryview] = deque()
+        """One for each WRITE that was returned, in order; the owner takes them out. That of a WRITE which is refused
+        may be empty. Those in the receive buffer are valid until something is received into it."""
+        self.wanted = 0
+        """Bytes of memory that a payload has to be given before more can be received; 0 for none."""
         self.disconnected = False
         """The client sent DISC: answer what is outstanding, then close (P93)."""
         self.failure: ProtocolError | None = None
@@ -114,33 +134,44 @@ class Transmission:
 
         self._buffer = bytearray(BUFFER_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
+        self._open = self._view  # what of it is received into
         self._kept = b""  # an incomplete header
         self._unread_payload = 0  # bytes still to come of a WRITE payload that nobody wants; only while _kept is empty
         self._draining: RawRequest | None = None  # the WRITE that it belongs to
+        self._writing: RawRequest | None = None  # the WRITE whose payload comes into memory of its own …
+        self._head = _NO_PAYLOAD  # … what has come of that before there was memory
+        self._memory = _NO_PAYLOAD  # … the memory
+        self._rest = _NO_PAYLOAD  # … and the part of it that is still to be filled
 
         self._refused_commands = _refused_commands(negotiated)
         self._refused_flags = _refused_flags(negotiated.flags)
 
     def buffer(self) -> memoryview:
         """Where to receive into; never empty, valid until the next :meth:`received`."""
+        if self._rest:
+            return self._rest
+        assert not self.wanted, "memory is provided before anything is received"
         if not self._kept:
-            return self._view
+            return self._open
         self._view[: len(self._kept)] = self._kept
-        return self._view[len(self._kept) :]
+        return self._open[len(self._kept) :]
 
     def received(self, count: int) -> list[RawRequest]:
         """Take ``count`` bytes that are now at the front of :meth:`buffer`.
 
         Returns:
-            Every request that is complete, in order, unchecked but for its magic. The payload of a WRITE is consumed
-            and kept nowhere; the WRITE is among them once its last byte is there, for a client does not expect an
-            answer to what it is still sending (P84). DISC is not among them, nor is what follows it (P93).
+            Every request that is complete, in order, unchecked but for its magic. A WRITE is among them once the last
+            byte of its payload is there, for a client does not expect an answer to what it is still sending (P84); the
+            payload is then in ``payloads``, or nowhere if the WRITE will be refused. DISC is not among them, nor is
+            what follows it (P93).
 
         Raises:
             ProtocolError: sync with the client is lost, and no request before that is left to be returned.
         """
         if self.failure is not None:
             raise self.failure
+        if self._rest:
+            return self._received_payload(count)
         requests: list[RawRequest] = []
         if self.disconnected:
             return requests
@@ -149,8 +180,10 @@ class Transmission:
         end = len(self._kept) + count
         last = end - _HEADER_SIZE
         position = self._unread_payload
+        self._open = self._view
         if self._draining is not None and position <= end:
             requests.append(self._draining)
+            self.payloads.append(_NO_PAYLOAD)
             self._draining = None
         while position <= last:
             request: RawRequest = unpack(buffer, position)
@@ -163,14 +196,12 @@ class Transmission:
             if operation:
                 command = operation & 0xFFFF
                 if command == _WRITE:
-                    if request[4] > MAXIMUM_PAYLOAD:
-                        self.failure = ProtocolError(f"a WRITE of {request[4]} bytes; the limit is {MAXIMUM_PAYLOAD}")
-                        position = end
+                    behind = position + request[4]
+                    if behind > end:
+                        position = self._begin_payload(request, position, end)
                         break
-                    position += request[4]
-                    if position > end:
-                        self._draining = request
-                        break
+                    self.payloads.append(self._view[position:behind])
+                    position = behind
                 elif command == _DISC:
                     self.disconnected = True
                     position = end
@@ -185,6 +216,61 @@ class Transmission:
         if self.failure is not None and not requests:
             raise self.failure
         return requests
+
+    def _begin_payload(self, request: RawRequest, position: int, end: int) -> int:
+        """Part of a payload lies at ``position`` to ``end``; where what follows it will be, seen from there."""
+        _, operation, _, offset, length = request
+        if length > MAXIMUM_PAYLOAD:
+            self.failure = ProtocolError(f"a WRITE of {length} bytes; the limit is {MAXIMUM_PAYLOAD}")
+            return end
+        if self.refusal(operation, offset, length) is not None:
+            self._draining = request
+            return position + length
+        self._writing = request
+        self._head = self._view[position:end]
+        self.wanted = length
+        return end
+
+    def provide(self, memory: memoryview) -> None:
+        """Give the payload that waits for it ``memory`` of ``wanted`` bytes; it will be the one in ``payloads``."""
+        assert len(memory) == self.wanted
+        begun = len(self._head)
+        memory[:begun] = self._head
+        self._memory, self._rest = memory, memory[begun:]
+        self._head = _NO_PAYLOAD
+        self.wanted = 0
+
+    def settle(self) -> int:
+        """Copy out what lies in the receive buffer, because others may use that now; how many bytes these were."""
+        copied = 0
+        for _ in range(len(self.payloads)):
+            payload = self.payloads.popleft()
+            if payload.obj is self._buffer:
+                payload = memoryview(bytes(payload))
+                copied += len(payload)
+            self.payloads.append(payload)
+        if self._head.obj is self._buffer:
+            self._head = memoryview(bytes(self._head))
+            copied += len(self._head)
+        return copied
+
+    @property
+    def missing(self) -> int:
+        """Bytes still to come into the memory that was provided last."""
+        return len(self._rest)
+
+    def _received_payload(self, count: int) -> list[RawRequest]:
+        self._rest = self._rest[count:]
+        if self._rest:
+            return []
+        assert self._writing is not None
+        request = self._writing
+        self.payloads.append(self._memory)
+        self._writing = None
+        self._memory = _NO_PAYLOAD
+        if request[4] >= _LARGE_PAYLOAD:
+            self._open = self._view[:_LITTLE]
+        return [request]
 
     def refusal(self, operation: int, offset: int, length: int) -> Refusal | None:
         """Why this request has to be answered with an error; None if it is to be carried out.
@@ -257,8 +343,17 @@ def simple_reply(cookie: int, errno: Errno | None = None) -> bytes:
 
 
 def pack_simple_reply(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
-    """Write the header of a READ that succeeded into ``buffer``, for a client without structured replies."""
+    """Write the reply to a success into ``buffer``, for a client without structured replies; behind it to a READ
+    follows the data."""
     SIMPLE_REPLY.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, 0, cookie)
+
+
+def pack_none_chunk(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
+    """Write the whole reply to a WRITE that succeeded into ``buffer``, for a client with structured replies.
+
+    Without them it is what :func:`pack_simple_reply` writes; hence the same arguments.
+    """
+    CHUNK.pack_into(buffer, position, CHUNK_MAGIC, _DONE, _NONE, cookie, 0)
 
 
 def pack_data_chunk(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:

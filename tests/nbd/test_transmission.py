@@ -1,6 +1,7 @@
 """The transmission phase: requests out of a byte stream, reasons to refuse them, and the bytes of replies."""
 
 import errno as system_errno
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -30,40 +31,65 @@ def begin(
     return Transmission(Negotiated(export, structured, ((0, "base:allocation"),) if structured else ()))
 
 
-def receive_each(transmission: Transmission, data: bytes) -> Iterator[list[RawRequest]]:
-    """What a shell gets that receives ``data``, in pieces only where the buffer is too small."""
+def receive_each(
+    transmission: Transmission, data: bytes, *, settled: bool = False, payloads: list[bytes] | None = None
+) -> Iterator[list[RawRequest]]:
+    """What a shell gets that receives ``data``, in pieces only where the buffer is too small.
+
+    ``settled``: others receive into the same buffer in between. ``payloads`` gets those of the WRITEs.
+    """
     while data:
+        if transmission.wanted:
+            transmission.provide(memoryview(bytearray(transmission.wanted)))
         view = transmission.buffer()
         count = min(len(view), len(data))
         view[:count] = data[:count]
         data = data[count:]
-        yield transmission.received(count)
+        requests = transmission.received(count)
+        if settled:
+            transmission.settle()
+            transmission._buffer[:] = b"\xee" * BUFFER_SIZE
+        if payloads is not None:
+            payloads += map(bytes, transmission.payloads)
+            transmission.payloads.clear()
+        yield requests
 
 
 def receive(transmission: Transmission, data: bytes) -> list[RawRequest]:
     return [request for requests in receive_each(transmission, data) for request in requests]
 
 
-def receive_in(pieces: Iterable[bytes]) -> tuple[list[RawRequest], bool, str]:
-    """All that is visible of a stream: the requests, whether the client disconnected, and why it failed."""
-    transmission = begin()
+Seen = tuple[list[RawRequest], bool, str, list[bytes]]
+"""All that is visible of a stream: the requests, whether the client disconnected, why it failed, and payloads."""
+
+
+def receive_in(pieces: Iterable[bytes], *, settled: bool = False, flags: TransmissionFlag = EVERYTHING) -> Seen:
+    transmission = begin(flags)
     requests: list[RawRequest] = []
+    payloads: list[bytes] = []
     with suppress(ProtocolError):
         for piece in pieces:
-            for each in receive_each(transmission, piece):
+            for each in receive_each(transmission, piece, settled=settled, payloads=payloads):
                 requests += each
-    return requests, transmission.disconnected, str(transmission.failure or "")
+    assert len(payloads) == sum(each[1] & 0xFFFF == WRITE for each in requests)
+    return requests, transmission.disconnected, str(transmission.failure or ""), payloads
 
 
 TRAILING = b"\x25\x60"
 
 
-def receive_three_ways(data: bytes) -> tuple[list[RawRequest], bool, str]:
+def see_three_ways(data: bytes) -> Seen:
     """Whole, byte by byte, and with the start of a further request behind it (P5)."""
     whole = receive_in([data])
+    assert receive_in([data], settled=True) == whole
     assert receive_in(data[i : i + 1] for i in range(len(data))) == whole
     assert receive_in([data + TRAILING]) == whole
     return whole
+
+
+def receive_three_ways(data: bytes) -> tuple[list[RawRequest], bool, str]:
+    """The requests, whether the client disconnected, and why it failed."""
+    return see_three_ways(data)[:3]
 
 
 # Requests.
@@ -114,6 +140,104 @@ def test_unknown_commands_have_no_payload() -> None:
     assert not failure
 
 
+# Payloads.
+
+
+def noise(length: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+@pytest.mark.parametrize("length", [0, 1, 27, 28, 29, 512, 1000])
+def test_every_write_has_its_own_payload(length: int) -> None:
+    """R-71, P5: however it comes, even if it looks like requests."""
+    contents = [noise(length), (request(READ, 99) * 40)[:length], noise(length, 2)]
+    data = b"".join(request(WRITE, i, i * 4096, length) + each + request(READ, 9) for i, each in enumerate(contents))
+    requests, _, failure, payloads = see_three_ways(data)
+    assert [each[2] for each in requests] == [0, 9, 1, 9, 2, 9]
+    assert payloads == contents
+    assert not failure
+
+
+@pytest.mark.parametrize("first", [0, 1, 100, BUFFER_SIZE - 28 - 28, BUFFER_SIZE - 28 - 29, BUFFER_SIZE - 28])
+@pytest.mark.parametrize("length", [1, 4096, 128 << 10, BUFFER_SIZE, 700_001])
+def test_a_payload_that_begins_anywhere_in_the_buffer_is_whole(first: int, length: int) -> None:
+    contents = [noise(first), noise(length, 1), noise(4096, 2), noise(length, 3)]
+    data = b"".join(request(WRITE, i, 0, len(each)) + each for i, each in enumerate(contents)) + request(READ, 9)
+    cuts = (
+        [data],
+        [data[:30], data[30:]],
+        [data[:-29], data[-29:]],
+        [data[: BUFFER_SIZE + 5], data[BUFFER_SIZE + 5 :]],
+    )
+    for pieces in cuts:
+        for settled in (False, True):
+            requests, _, failure, payloads = receive_in(pieces, settled=settled)
+            assert [each[2] for each in requests] == [0, 1, 2, 3, 9]
+            assert payloads == contents
+            assert not failure
+
+
+def test_a_payload_that_came_with_its_request_is_not_copied() -> None:
+    transmission = begin()
+    receive(transmission, request(WRITE, 1, 0, 4096) + noise(4096))
+    (payload,) = transmission.payloads
+    assert payload.obj is transmission._buffer
+    assert transmission.settle() == 4096
+    (payload,) = transmission.payloads
+    assert payload.obj is not transmission._buffer
+    assert payload == noise(4096)
+    assert transmission.settle() == 0
+
+
+def test_the_rest_of_a_large_payload_is_received_where_it_stays() -> None:
+    transmission = begin()
+    content = noise(MIB)
+    assert receive(transmission, request(WRITE, 1, 0, MIB) + content[:1000]) == []
+    assert transmission.wanted == MIB
+    memory = memoryview(bytearray(MIB))
+    transmission.provide(memory)
+    assert transmission.wanted == 0
+    assert transmission.missing == len(transmission.buffer()) == MIB - 1000
+    assert receive(transmission, content[1000:]) == [(MAGIC, WRITE, 1, 0, MIB)]
+    (payload,) = transmission.payloads
+    assert payload.obj is memory.obj
+    assert payload == content
+
+
+def test_the_request_behind_a_large_payload_is_looked_for_before_more_of_the_next_payload_is_received() -> None:
+    transmission = begin()
+    receive(transmission, request(WRITE, 1, 0, MIB) + bytes(MIB))
+    assert len(transmission.buffer()) < BUFFER_SIZE // 10
+    receive(transmission, request(READ, 2))
+    assert len(transmission.buffer()) == BUFFER_SIZE
+
+
+def test_a_payload_that_waits_for_memory_survives_the_use_of_the_buffer_by_others() -> None:
+    transmission = begin()
+    receive(transmission, request(WRITE, 1, 0, 1000) + noise(1000)[:600])
+    assert transmission.settle() == 600
+    assert transmission.settle() == 0
+    transmission._buffer[:] = bytes(BUFFER_SIZE)
+    receive(transmission, noise(1000)[600:])
+    assert list(transmission.payloads) == [noise(1000)]
+
+
+@pytest.mark.parametrize("length", [0, 1, 28, 1000, BUFFER_SIZE, 700_001])
+@pytest.mark.parametrize("flags", [0, FUA, 0xFFFF0000])
+def test_no_memory_is_wanted_for_the_payload_of_a_write_that_is_refused(length: int, flags: int) -> None:
+    """P84, R-71."""
+    data = request(WRITE | flags, 1, 0, length) + bytes(length) + request(READ, 2)
+    transmission = begin(READ_ONLY)
+    requests = []
+    for start in range(0, len(data), 999):
+        piece = data[start : start + 999]
+        transmission.buffer()[: len(piece)] = piece
+        requests += transmission.received(len(piece))
+        assert not transmission.wanted
+    assert [each[2] for each in requests] == [1, 2]
+    assert len(transmission.payloads) == 1
+
+
 # Payloads of writes that are refused.
 
 
@@ -122,9 +246,11 @@ def test_unknown_commands_have_no_payload() -> None:
 def test_the_payload_of_a_write_is_consumed_and_sync_is_kept(length: int, flags: int) -> None:
     """P84: even if it looks like requests, and whatever the flags."""
     payload = (request(READ, 99) * 40)[:length]
-    requests, _, failure = receive_three_ways(request(WRITE | flags, 1, 0, length) + payload + request(READ, 2))
-    assert [each[2] for each in requests] == [1, 2]
-    assert not failure
+    data = request(WRITE | flags, 1, 0, length) + payload + request(READ, 2)
+    for pieces in ([data], (data[i : i + 1] for i in range(len(data)))):
+        requests, _, failure, _ = receive_in(pieces, flags=READ_ONLY)
+        assert [each[2] for each in requests] == [1, 2]
+        assert not failure
 
 
 def test_a_write_is_returned_only_when_its_payload_has_come() -> None:
@@ -419,6 +545,13 @@ def test_headers_of_reads_are_written_where_the_data_follows() -> None:
     buffer = bytearray(b"." * 32)
     wire.pack_data_chunk(buffer, 2, COOKIE, 512, 4096)
     assert buffer == b"..\x66\x8e\x33\xef\0\1\0\1" + COOKIE_BYTES + b"\0\0\x10\x08\0\0\0\0\0\0\2\0.."
+
+
+def test_the_replies_to_writes_are_written_between_others() -> None:
+    """P100, P111."""
+    buffer = bytearray(b"." * 24)
+    wire.pack_none_chunk(buffer, 2, COOKIE, 512, 4096)
+    assert buffer == b".." + wire.none_chunk(COOKIE) + b".."
 
 
 @pytest.mark.parametrize("text", ["x" * 10000, "é" * 3000, "💾" * 5000])
