@@ -1,0 +1,226 @@
+"""What is done to disks before the power is cut: kinds of images, habits of guests; each run is one seed.
+
+Images are small, so that states are cheap, and have tables that are smaller still, so that they grow all the time.
+"""
+
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from tests.crash.guest import Habits
+from tests.crash.recorder import SECTOR
+from tests.crash.stamps import Values, read_stamps, stamped
+from tests.support.tools import run
+
+KIB = 1024
+#: Numbers in the stamps of the guest's first request; smaller ones say what was there before, by layer.
+FIRST_NUMBER = 100
+_SNAPSHOT_FILL = 50
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image of a chain and what lies in it."""
+
+    options: str = "cluster_size=4k"
+    filled: float = 0.0
+    """The share of it that is written, in pieces."""
+    compressed: bool = False
+    format: str = "qcow2"
+    snapshot: bool = False
+    """Everything written is also held by an internal snapshot."""
+    bitmap: bool = False
+    """It has a persistent bitmap, enabled."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A chain, and a guest that works on it."""
+
+    name: str
+    layers: tuple[Layer, ...] = (Layer(),)
+    """Bottom first."""
+    habits: Habits = field(default_factory=Habits)
+    size: int = 512 * KIB
+    requests: int = 120
+    threads: int = 1
+    room: int | None = None
+    """Bytes that each file may be longer than at the begin."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def data_file(self) -> str | None:
+        return "data.raw" if "data_file" in self.layers[-1].options else None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The files of a workload before the guest begins; the same for every seed."""
+
+    directory: Path
+    written: tuple[str, ...]
+    """Names of the files that change: the top, then its data file."""
+    initial: Values
+
+    def copy_to(self, directory: Path) -> "Prepared":
+        """The same files elsewhere."""
+        shutil.copytree(self.directory, directory, dirs_exist_ok=True)
+        return Prepared(directory, self.written, self.initial)
+
+    @property
+    def top(self) -> Path:
+        return self.directory / self.written[0]
+
+    def contents(self) -> list[bytes]:
+        """The bytes of the files that change."""
+        return [(self.directory / name).read_bytes() for name in self.written]
+
+
+def prepare(workload: Workload, directory: Path) -> Prepared:
+    """Make the files of ``workload`` in the existing, empty ``directory``, which must keep its place."""
+    below = ""
+    for depth, layer in enumerate(workload.layers):
+        name = "top" if depth == len(workload.layers) - 1 else f"layer{depth}"
+        options = [*(["-o", layer.options] if layer.options else [])]
+        if below:
+            options += ["-b", below, "-F", workload.layers[depth - 1].format]
+        command = ["qemu-img", "create", "-q", "-f", layer.format, *options, name, str(workload.size)]
+        run(*command, cwd=directory)
+        _fill(layer, name, depth, workload, directory)
+        below = name
+    run("qemu-img", "convert", "-O", "raw", "top", "flat", cwd=directory)
+    initial = read_stamps((directory / "flat").read_bytes())
+    (directory / "flat").unlink()
+    assert initial.min() >= 0
+    return Prepared(directory, ("top", *((workload.data_file,) if workload.data_file else ())), initial)
+
+
+def _fill(layer: Layer, name: str, depth: int, workload: Workload, directory: Path) -> None:
+    generator = random.Random(depth)
+    piece = 64 if layer.compressed or workload.size < 1 << 20 else 256
+    sectors = workload.size // SECTOR
+    starts = [start for start in range(0, sectors, piece) if generator.random() < layer.filled]
+    _write(starts, piece, depth + 1, layer, name, directory)
+    if layer.snapshot:
+        run("qemu-img", "snapshot", "-q", "-c", "before", name, cwd=directory)
+        again = [start for start in starts if generator.random() < 0.3]
+        _write(again, piece, depth + _SNAPSHOT_FILL, layer, name, directory)
+    if layer.bitmap:
+        run("qemu-img", "bitmap", "--add", "-g", "4k", "--enable", name, "bitmap", cwd=directory)
+
+
+def _write(starts: Sequence[int], sector_count: int, number: int, layer: Layer, name: str, directory: Path) -> None:
+    if not starts:
+        return
+    commands = []
+    for start in starts:
+        (directory / f"fill{start}").write_bytes(stamped(number, start, sector_count))
+        verb = "write -c" if layer.compressed else "write"
+        commands += ["-c", f"{verb} -s fill{start} {start * SECTOR} {sector_count * SECTOR}"]
+    run("qemu-io", "-t", "unsafe", "-f", layer.format, *commands, name, cwd=directory)
+    for start in starts:
+        (directory / f"fill{start}").unlink()
+
+
+_SMALL = Habits(largest=16, aligned_to=8)
+_TRIMMING = Habits(write=45, zero=12, zero_mapped=6, discard=25, flush=12, largest=48, aligned_to=8, hot=0.4)
+_BUSY = Habits(largest=24, aligned_to=8, hot=0.3)
+
+WORKLOADS = (
+    Workload("small requests", habits=_SMALL),
+    Workload("a new disk of 64 KiB clusters", (Layer("cluster_size=64k"),), size=2048 * KIB, requests=80),
+    Workload("over a base", (Layer(filled=0.7), Layer()), _SMALL),
+    Workload(
+        "allocating in sequence",
+        habits=Habits(write=85, zero=0, zero_mapped=0, discard=2, flush=13, largest=64, sequential=True),
+        size=1024 * KIB,
+    ),
+    Workload("trimming", (Layer(filled=0.8),), _TRIMMING, requests=200),
+    Workload("trimming over a base", (Layer(filled=0.7), Layer(filled=0.5)), _TRIMMING, requests=160),
+    Workload("a full medium", habits=_TRIMMING, requests=160, room=120 * KIB),
+    Workload(
+        "a growing refcount table",
+        (Layer("cluster_size=512,refcount_bits=64"),),
+        Habits(largest=64, discard=4, zero=4),
+        size=1024 * KIB,
+        requests=100,
+    ),
+    Workload(
+        "a growing table of narrow refcounts",
+        (Layer("cluster_size=512,refcount_bits=1"),),
+        Habits(largest=96, discard=4, zero=4),
+        size=4096 * KIB,
+        requests=100,
+    ),
+    Workload(
+        "compressed clusters overwritten",
+        (Layer("cluster_size=4k", filled=0.9, compressed=True),),
+        Habits(write=60, discard=12, zero=10, flush=14, largest=24, aligned_to=8),
+    ),
+    Workload(
+        "extended L2",
+        (Layer("cluster_size=16k,extended_l2=on", filled=0.4),),
+        Habits(largest=48, discard=12, zero=14, flush=14),
+        size=1024 * KIB,
+    ),
+    Workload(
+        "extended L2 over a base",
+        (Layer(filled=0.6), Layer("cluster_size=16k,extended_l2=on", filled=0.2)),
+        Habits(largest=48, discard=12, zero=14, flush=14),
+        size=1024 * KIB,
+    ),
+    Workload("version 2", (Layer("cluster_size=4k,compat=0.10", filled=0.3),), _TRIMMING),
+    Workload(
+        "version 2 over a base",
+        (Layer(filled=0.6), Layer("cluster_size=4k,compat=0.10", filled=0.3)),
+        _TRIMMING,
+    ),
+    Workload(
+        "three layers",
+        (
+            Layer("", filled=0.5, format="raw"),
+            Layer("cluster_size=2k", filled=0.4),
+            Layer("cluster_size=8k", filled=0.2),
+        ),
+        _SMALL,
+    ),
+    Workload("shared with a snapshot", (Layer(filled=0.8, snapshot=True),), _BUSY),
+    Workload(
+        "compressed and shared with a snapshot",
+        (Layer(filled=0.8, snapshot=True, compressed=True),),
+        _BUSY,
+    ),
+    Workload("with a bitmap", (Layer(filled=0.4, bitmap=True),), _SMALL),
+    Workload(
+        "an external data file",
+        (Layer("cluster_size=4k,data_file=data.raw", filled=0.5),),
+        _TRIMMING,
+    ),
+    Workload("several at once", habits=_BUSY, threads=4, requests=160),
+    Workload("several at once over a base", (Layer(filled=0.7), Layer()), _BUSY, threads=4, requests=160),
+    Workload(
+        "several at once, trimming",
+        (Layer(filled=0.7, snapshot=True),),
+        _TRIMMING,
+        threads=3,
+        requests=160,
+    ),
+    Workload(
+        "several at once, tiny clusters",
+        (Layer("cluster_size=512,refcount_bits=64", filled=0.1),),
+        Habits(largest=24, discard=10),
+        threads=4,
+        requests=120,
+    ),
+)
+
+
+@cache
+def by_name() -> dict[str, Workload]:
+    """Every workload by its name."""
+    return {workload.name: workload for workload in WORKLOADS}
