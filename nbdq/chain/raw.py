@@ -6,14 +6,21 @@ from numpy.typing import NDArray
 from nbdq.storage import FileStorage
 
 
+def size_of_raw(storage: FileStorage) -> int:
+    """Bytes of a raw disk, a multiple of 512: a partial last sector counts as a whole one, as in QEMU.
+
+    What the file does not hold of that sector reads as zeros.
+    """
+    return -(-storage.size() // 512) * 512
+
+
 class RawImage:
     """A raw file or device. Owns its storage until :meth:`close`."""
 
     def __init__(self, storage: FileStorage) -> None:
         self.data = storage
         self.path = storage.path
-        # A partial last sector counts as a whole one; what the file does not hold of it reads as zeros.
-        self.size = -(-storage.size() // 512) * 512
+        self.size = size_of_raw(storage)
 
     def ranges(self, start: int, end: int) -> list[tuple[int, int, bool]]:
         """Contiguous (start, end, is data) over ``[start, end)``; to the byte at the end of the file, as in QEMU."""
