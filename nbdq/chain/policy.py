@@ -106,6 +106,15 @@ class Gate:
         return _open_beneath(root, target, reference, access=access, devices_allowed=devices_allowed)
 
 
+def check_writable(storage: FileStorage) -> None:
+    """Make sure that what is open for writing can be written to: Linux opens a protected block device all the same.
+
+    Raises:
+        OSError: EPERM, as every write would, and after that no flush could be believed.
+    """
+    os.pwrite(storage.descriptor, b"", 0)  # changes nothing, not even a time stamp
+
+
 def _check_name(reference: Reference) -> None:
     name = reference.name
     if len(name.encode("utf-8", "surrogateescape")) > _MAX_NAME:

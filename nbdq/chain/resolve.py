@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Protocol
 
-from nbdq.chain.policy import Gate, Policy, Reference, Role, has_protocol
+from nbdq.chain.policy import Gate, Policy, Reference, Role, check_writable, has_protocol
 from nbdq.errors import ChainError, ImageError, UnsupportedImage, printable
 from nbdq.locks import DATA_FILE_WRITER, RAW_WRITER, READER, TOLERANT_READER, WRITER, Claim, lock_image
 from nbdq.qcow2.fields import MAGIC
@@ -191,6 +191,8 @@ class _Walk:
                     known = printable(self._known[key], 1024)
                     raise fail(f"closes a loop: it is in the chain already, as {known}", "rebase the image")
             self._known.update(dict.fromkeys(keys, storage.path))
+            if writer is not None:
+                check_writable(storage)
             # Raw files, too, whose writers QEMU tolerates: the chain index remembers where their holes are.
             claim = writer or (TOLERANT_READER if self._policy.force_share else READER)
             lock_image(storage.descriptor, storage.path, claim, self._policy.locking)
