@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,12 @@ import pytest
 from nbdq.chain.policy import Policy
 from nbdq.chain.resolve import resolve_chain
 from nbdq.errors import ImageLocked
-from nbdq.locks import READER, TOLERANT_READER, Claim, Permission, lock_image
+from nbdq.locks import DATA_FILE_WRITER, READER, TOLERANT_READER, WRITER, Claim, Permission, lock_image
 from tests.support.serving import refusal, serve
 from tests.support.tools import execute, requires, run
 
 pytestmark = requires("qemu-img", "qemu-io", "qemu-nbd")
 
-WRITER = Claim(READER.permissions | Permission.WRITE | Permission.RESIZE, READER.shared)
 COMMITTING = Claim(READER.permissions, Permission.WRITE_UNCHANGED)
 
 #: Seconds until a holder that says nothing counts as hung; only bounds failures.
@@ -53,6 +52,23 @@ qemu-img bench -w -c 1 -t writeback top
 """.strip().splitlines()
 
 
+RAW_READING = """
+qemu-img info disk
+qemu-img map -f raw disk
+qemu-img compare -f raw -F raw disk disk
+qemu-img convert -f raw -O raw disk copy
+qemu-img measure -f raw -O qcow2 disk
+qemu-io -r -f raw -c "read 0 4k" disk
+""".strip().splitlines()
+
+RAW_WRITING = """
+qemu-io -f raw -c "write 0 4k" disk
+qemu-img bench -w -c 1 -t writeback -f raw disk
+qemu-img resize -f raw disk 2M
+qemu-img commit -f qcow2 over
+""".strip().splitlines()
+
+
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
     """A directory with ``top``, its backing file ``base``, and ``other``."""
@@ -72,12 +88,21 @@ def forced(command: str) -> str:
 
 
 @contextmanager
-def reading(path: Path, policy: Policy | None = None) -> Iterator[None]:
+def reading(
+    path: Path, policy: Policy | None = None, *, format: str = "qcow2", writable: bool = False
+) -> Iterator[None]:
     """nbdq has the chain of ``path`` open."""
     with ExitStack() as opened:
-        for layer in resolve_chain(str(path), policy=policy):
+        for layer in resolve_chain(str(path), format=format, policy=policy, writable=writable):
             opened.callback(layer.storage.close)
+            if layer.data_storage is not None:
+                opened.callback(layer.data_storage.close)
         yield
+
+
+def writing(path: Path, format: str = "qcow2") -> AbstractContextManager[None]:
+    """nbdq has the chain of ``path`` open, and its top to write to it."""
+    return reading(path, Policy(allow_data_file=True), format=format, writable=True)
 
 
 @contextmanager
@@ -89,11 +114,11 @@ def holding(path: Path, claim: Claim) -> Iterator[None]:
 
 
 @contextmanager
-def qemu_nbd(path: Path, *options: str) -> Iterator[None]:
+def qemu_nbd(path: Path, *options: str, format: str = "qcow2") -> Iterator[None]:
     """qemu-nbd serves the image, for writing unless told otherwise."""
     with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:  # short: a socket path has 107 bytes
         started = Path(directory, "pid")
-        command = ["qemu-nbd", "-t", "-f", "qcow2", "-k", f"{directory}/socket", f"--pid-file={started}"]
+        command = ["qemu-nbd", "-t", "-f", format, "-k", f"{directory}/socket", f"--pid-file={started}"]
         process = subprocess.Popen([*command, *options, path], stdin=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + PATIENCE
@@ -105,6 +130,16 @@ def qemu_nbd(path: Path, *options: str) -> Iterator[None]:
         finally:
             process.kill()
             process.wait()
+
+
+def locked_bytes(path: Path) -> set[int]:
+    """The bytes of a file that anybody holds, as the kernel lists them."""
+    found: set[int] = set()
+    for line in Path("/proc/locks").read_text().splitlines():
+        *_, file, start, end = line.split()
+        if int(file.rpartition(":")[2]) == path.stat().st_ino:
+            found.update(range(int(start), int(end) + 1))
+    return found
 
 
 @contextmanager
@@ -153,16 +188,102 @@ def test_a_new_overlay_may_be_made_of_a_chain_that_nbdq_reads(chain: Path) -> No
         run("qemu-io", "-c", "write 0 4k", "overlay", cwd=chain)
 
 
-@pytest.mark.parametrize("command", [*READING, *WRITING])
-def test_qemu_refuses_an_image_on_which_nbdq_claims_to_write(chain: Path, command: str) -> None:
-    """The set of L6, which a read-write export will take."""
-    with holding(chain / ("base" if command.endswith("base") else "top"), WRITER):
-        done = shell(command, chain)
-        assert done.returncode in (1, 2), done.stdout
-        assert "lock\nIs another process using the image" in done.stderr
-        if command in READING:
-            done = shell(forced(command), chain)
-            assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("command", [*READING, *WRITING, "qemu-nbd -f qcow2 -k $PWD/s top", "qemu-img info base"])
+def test_while_nbdq_writes_to_a_chain_qemu_may_do_what_it_may_beside_a_qemu_that_writes(
+    chain: Path, command: str
+) -> None:
+    """L6, L7: the same exit status and the same words, and nothing happens to the images."""
+    verdicts = []
+    for holder in (writing, qemu_nbd):
+        with holder(chain / "top"):
+            before = [(chain / name).read_bytes() for name in ("top", "base")]
+            done = shell(f"timeout {PATIENCE} {command}", chain)
+            assert [(chain / name).read_bytes() for name in ("top", "base")] == before
+            verdicts.append((done.returncode, re.findall(r"Failed to get .* lock\n.*", done.stderr)))
+            if command in READING:
+                forced_done = shell(forced(command), chain)
+                assert forced_done.returncode == 0, forced_done.stderr
+    assert verdicts[0] == verdicts[1]
+    is_allowed = command in ('qemu-io -r -c "read 0 4k" base', "qemu-img info base")  # that is only read
+    assert (verdicts[0] == (0, [])) == is_allowed
+
+
+def test_a_new_overlay_may_be_made_of_an_image_that_nbdq_writes_to(chain: Path) -> None:
+    """L7: the first half of a snapshot, as QEMU's managers do it."""
+    with writing(chain / "top"):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "top", "-F", "qcow2", "overlay", cwd=chain)
+
+
+def test_overlays_of_one_base_are_written_to_by_nbdq_and_by_qemu(chain: Path) -> None:
+    """L10, M5."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "sibling", cwd=chain)
+    with writing(chain / "top"):
+        run("qemu-io", "-c", "write 0 4k", "sibling", cwd=chain)
+    with qemu_io(chain / "sibling"), writing(chain / "top"):
+        pass
+
+
+@pytest.mark.parametrize("holder", [qemu_nbd, qemu_io])
+@pytest.mark.parametrize("options", [(), ("-r",)])
+def test_while_qemu_has_an_image_nbdq_does_not_write_to_it(chain: Path, holder: type, options: tuple[str]) -> None:
+    """In whatever place of its chain QEMU has it, and whatever QEMU does there."""
+    with holder(chain / "top", *options):
+        for name in ("top", "base"):
+            with pytest.raises(ImageLocked, match=f'/{name}: failed to get "write" lock.*-r/--read-only'):
+                resolve_chain(str(chain / name), writable=True)
+    with writing(chain / "top"):
+        pass
+
+
+def test_of_two_nbdq_that_write_to_one_image_the_second_is_refused_whole(chain: Path) -> None:
+    with writing(chain / "top"):
+        with pytest.raises(ImageLocked):
+            resolve_chain(str(chain / "top"), writable=True)
+        with pytest.raises(ImageLocked):
+            resolve_chain(str(chain / "top"))
+        with reading(chain / "top", Policy(force_share=True)), reading(chain / "base"):
+            pass
+
+
+@pytest.mark.parametrize("command", [*RAW_READING, *RAW_WRITING])
+def test_a_raw_disk_that_nbdq_writes_to_is_kept_from_other_writers_and_is_read_where_qemu_lets_it_be_read(
+    tmp_path: Path, command: str
+) -> None:
+    """L6: qemu-nbd lets a second writer in, a guest of QEMU does not; nor does nbdq."""
+    run("qemu-img", "create", "-q", "-f", "raw", "disk", "1M", cwd=tmp_path)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "disk", "-F", "raw", "over", cwd=tmp_path)
+    with writing(tmp_path / "disk", "raw"):
+        ours = shell(command, tmp_path)
+    if command in RAW_WRITING:
+        assert ours.returncode == 1
+        assert re.search(r'Failed to get (shared )?"(write|resize)" lock\nIs another process', ours.stderr)
+    with qemu_nbd(tmp_path / "disk", format="raw"):
+        theirs = shell(command, tmp_path)
+    if command in RAW_READING:
+        assert (ours.returncode, ours.stderr) == (theirs.returncode, theirs.stderr)
+
+
+def test_while_qemu_writes_to_a_raw_disk_nbdq_does_not_and_a_reader_of_qemu_tolerates_it(tmp_path: Path) -> None:
+    run("qemu-img", "create", "-q", "-f", "raw", "disk", "1M", cwd=tmp_path)
+    with qemu_nbd(tmp_path / "disk", format="raw"), pytest.raises(ImageLocked) as caught:
+        resolve_chain(str(tmp_path / "disk"), format="raw", writable=True)
+    assert str(caught.value).endswith(
+        "stop the other process, or serve the image with -r/--read-only if that only reads it"
+    )
+    with qemu_nbd(tmp_path / "disk", "-r", format="raw"), writing(tmp_path / "disk", "raw"):
+        pass
+
+
+def test_a_data_file_is_claimed_byte_for_byte_as_by_qemu(tmp_path: Path) -> None:
+    """L6."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/data", "top", "1M", cwd=tmp_path)
+    found = []
+    for holder in (writing, qemu_nbd):
+        with holder(tmp_path / "top"):
+            found.append([locked_bytes(tmp_path / name) for name in ("top", "data")])
+            with (tmp_path / "data").open("rb") as file, pytest.raises(ImageLocked):
+                lock_image(file.fileno(), "data", DATA_FILE_WRITER)
+    assert found[0] == found[1] == [{100, 101, 103, 201, 203}, {100, 101, 103, 203}]
 
 
 def test_qemu_cannot_read_a_layer_that_is_inconsistent_even_with_force_share(chain: Path) -> None:
