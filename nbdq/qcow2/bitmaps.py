@@ -1,6 +1,6 @@
 """The directory of persistent dirty bitmaps: which there are, not what is in them (Q65-Q71)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 from hashlib import blake2b
@@ -8,7 +8,7 @@ from typing import Any
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
-from nbdq.errors import InvalidImage, UnsupportedImage, printable
+from nbdq.errors import ExportError, InvalidImage, UnsupportedImage, printable
 from nbdq.qcow2.cursor import TableCursor
 from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
@@ -64,6 +64,23 @@ class Bitmap:
         """Guest bytes that one bit stands for."""
         return 1 << self.granularity_bits
 
+    @property
+    def is_inconsistent(self) -> bool:
+        """Whether what is stored of the bitmap is worthless (Q69)."""
+        return BitmapFlags.IN_USE in self.flags
+
+    def check_consistent(self) -> None:
+        """See that the bitmap may be asked.
+
+        Raises:
+            ExportError: it is inconsistent; QEMU's words.
+        """
+        if self.is_inconsistent:
+            raise ExportError(
+                f"Bitmap '{printable(self.name)}' is inconsistent and cannot be used: its image was not closed "
+                "properly; make a full backup and remove it with qemu-img bitmap --remove"
+            )
+
 
 def read_bitmaps(storage: FileStorage, header: Header) -> tuple[Bitmap, ...]:
     """The bitmaps of the image, in directory order; none where the extension is missing or not to be believed.
@@ -104,6 +121,26 @@ def iterate_bitmaps(storage: FileStorage, header: Header) -> Iterator[Bitmap]:
         raise InvalidImage(
             path, f"the bitmap directory has {len(found)} entries, but nb_bitmaps is {extension.count}", _MEND
         )
+
+
+def build_directory(bitmaps: Iterable[Bitmap]) -> bytes:
+    """The directory that lists ``bitmaps``; the inverse of :func:`read_bitmaps`, but for what QEMU ignores in names."""
+    records = []
+    for bitmap in bitmaps:
+        name = bitmap.name.encode("utf-8", "surrogateescape")
+        fixed = _ENTRY.build(
+            {
+                "table_offset": bitmap.table_offset,
+                "table_size": bitmap.table_size,
+                "flags": bitmap.flags,
+                "type": _DIRTY_TRACKING,
+                "granularity_bits": bitmap.granularity_bits,
+                "name_length": len(name),
+                "extra_length": 0,
+            }
+        )
+        records.append(fixed + name + bytes(-(len(fixed) + len(name)) % 8))
+    return b"".join(records)
 
 
 def _read_entry(path: str, cursor: TableCursor, header: Header, *, directory_size: int) -> Bitmap:
