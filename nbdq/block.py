@@ -127,6 +127,14 @@ class BlockDevice(Protocol):
         """
         ...
 
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether metadata alone says that the range reads as zeros; False is no promise of the contrary.
+
+        Raises:
+            OSError: a table cannot be read.
+        """
+        ...
+
     def status_cached(self, offset: int, length: int) -> bool:
         """Whether :meth:`status` can answer for the range from memory."""
         ...

@@ -169,7 +169,13 @@ class FileStorage:
             OSError: ENOSPC and its like when the medium is full; then some of ``data`` may have been written. Anything
                 else is final for this storage.
         """
-        self.write_vector(offset, (data,))
+        self._check_alive()
+        try:
+            count = self._pwritev((data,), offset)
+            if count < len(data):
+                self._write_rest(offset, (data,), count)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def write_vector(self, offset: int, buffers: Sequence[Data]) -> None:
         """Write the buffers one behind the other from ``offset``.

@@ -5,7 +5,7 @@ Knows layers, the index and the inflated-cluster cache. Must not know NBD, socke
 
 import errno
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -50,7 +50,7 @@ class ChainDisk:
         self._window_bits = self._index.window_bits
         self._clusters = clusters
         self._next_compressed = -1  # guest offset at which a sequential reader would enter the next cluster
-        self._preallocated: frozenset[int] | None = None
+        self._holes = FileHoles(layers)
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""
@@ -138,7 +138,7 @@ class ChainDisk:
             elif kind == _CORRUPT:
                 return None
             else:
-                pieces += _zeros(count)
+                pieces += zero_pieces(count)
             offset += count
             run += 1
         return pieces
@@ -161,7 +161,7 @@ class ChainDisk:
                 count = min(count, len(cluster) - offset % len(cluster))
                 pieces.append(_part(cluster, offset, count))
             elif kind in _READS_ZERO:
-                pieces += _zeros(count)
+                pieces += zero_pieces(count)
             else:
                 view = memoryview(bytearray(count))
                 self._read_piece(window, run, offset, view)
@@ -214,6 +214,23 @@ class ChainDisk:
         else:
             view[:] = bytes(len(view))
 
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether metadata alone says that the range reads as zeros; False is no promise of the contrary.
+
+        Raises:
+            OSError: a table cannot be read.
+        """
+        end = offset + length
+        while offset < end:
+            window = self._index.window(offset)
+            run = window.find(offset)
+            while offset < end and run < len(window.kinds):
+                if window.kinds[run] not in _READS_ZERO:
+                    return False
+                run += 1
+                offset = window.starts[run]
+        return True
+
     def runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
         """(runs, end) chunks that cover the range exactly, with holes of preallocated files made visible (P5).
 
@@ -235,58 +252,13 @@ class ChainDisk:
                     start = runs.start[first:following].copy()
                     start[0] = max(window.starts[first], offset)
                     runs = runs_at(runs.where(slice(first, following)), start)
-                yield self._split_at_file_holes(runs, chunk_end), chunk_end
+                yield self._holes.split(runs, chunk_end), chunk_end
                 first, chunk = following, sys.maxsize
             offset = stop
 
-    def _split_at_file_holes(self, runs: Runs, end: int) -> Runs:
-        depths = self._preallocated_layers()
-        if not depths or depths.isdisjoint(runs.layer[runs.kind == _DATA].tolist()):
-            return runs
-        starts: list[int] = []
-        holes: list[bool] = []
-        for low, high, kind, depth, host in runs.each(end):
-            if kind == _DATA and depth in depths:
-                for start, _, is_data in self._files[depth].data_ranges(host, host + high - low):
-                    starts.append(low + start - host)
-                    holes.append(not is_data)
-            else:
-                starts.append(low)
-                holes.append(False)
-        split = runs_at(runs, np.array(starts, dtype=np.uint64))
-        return split._replace(kind=np.where(holes, np.uint8(Kind.DATA_HOLE), split.kind))
-
-    def _sound_runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
-        """As :meth:`runs`, up to the first corrupt one.
-
-        Raises:
-            OSError: EIO where metadata is corrupt, after everything before it; or a table cannot be read.
-        """
-        for runs, end in self.runs(offset, length):
-            corrupt = np.flatnonzero(runs.kind == _CORRUPT)
-            if not len(corrupt):
-                yield runs, end
-                continue
-            first = int(corrupt[0])
-            start = int(runs.start[first])
-            if first:
-                yield runs.where(slice(first)), start
-            path = self.layers[int(runs.layer[first])].path
-            raise OSError(errno.EIO, f"corrupt table entry for guest offset {start}", path)
-
-    def _preallocated_layers(self) -> frozenset[int]:
-        """The layers whose files must be asked for holes (P5); looked up once, when first asked."""
-        if self._preallocated is None:
-            self._preallocated = frozenset(
-                depth
-                for depth, layer in enumerate(self.layers)
-                if isinstance(layer, Qcow2Image) and layer.is_metadata_preallocated()
-            )
-        return self._preallocated
-
     def status_cached(self, offset: int, length: int) -> bool:
         """Whether :meth:`status` can answer for the range from memory, without a question to a file system."""
-        if self._preallocated is None or self._preallocated:
+        if not self._holes.are_none:
             return False
         last = (offset + length - 1) >> self._window_bits
         return all(number in self._windows for number in range(offset >> self._window_bits, last + 1))
@@ -297,13 +269,10 @@ class ChainDisk:
         Raises:
             OSError: EIO where metadata is corrupt, after everything before it; or a table cannot be read.
         """
-        bottom = len(self.layers) - 1
-        for runs, end in self._sound_runs(offset, length):
-            depth = runs.layer + np.uint16(1)
-            unallocated = runs.kind <= Kind.UNALLOCATED_OFFSET
-            # A layer that ends too early counts as the one that provides the zeros behind its end (P7).
-            depth[unallocated] = np.where(runs.layer[unallocated] == bottom, 0, runs.layer[unallocated] + np.uint16(2))
-            yield Status(runs.start, runs.kind, depth, end)
+        return statuses(self._sound_runs(offset, length), len(self.layers))
+
+    def _sound_runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
+        return sound_runs(self.runs(offset, length), lambda layer: self.layers[layer].path)
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What ``qemu-img map`` says of the range: merged where nothing but the position differs (4.1).
@@ -348,13 +317,83 @@ class ChainDisk:
             layer.close()
 
 
+class FileHoles:
+    """Holes of files whose metadata was preallocated: data that is known to read as zeros (P5)."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._preallocated: frozenset[int] | None = None
+
+    @property
+    def are_none(self) -> bool:
+        """Whether it is known already that no file has to be asked."""
+        return self._preallocated is not None and not self._preallocated
+
+    def split(self, runs: Runs, end: int) -> Runs:
+        """The runs, with their holes as runs of their own; the last one reaches to ``end``."""
+        depths = self._depths()
+        if not depths or depths.isdisjoint(runs.layer[runs.kind == _DATA].tolist()):
+            return runs
+        starts: list[int] = []
+        holes: list[bool] = []
+        for low, high, kind, depth, host in runs.each(end):
+            if kind == _DATA and depth in depths:
+                for start, _, is_data in self._layers[depth].data.data_ranges(host, host + high - low):
+                    starts.append(low + start - host)
+                    holes.append(not is_data)
+            else:
+                starts.append(low)
+                holes.append(False)
+        split = runs_at(runs, np.array(starts, dtype=np.uint64))
+        return split._replace(kind=np.where(holes, np.uint8(Kind.DATA_HOLE), split.kind))
+
+    def _depths(self) -> frozenset[int]:
+        """The layers whose files must be asked; looked up once, when first asked."""
+        if self._preallocated is None:
+            self._preallocated = frozenset(
+                depth
+                for depth, layer in enumerate(self._layers)
+                if isinstance(layer, Qcow2Image) and layer.is_metadata_preallocated()
+            )
+        return self._preallocated
+
+
+def sound_runs(chunks: Iterable[tuple[Runs, int]], path_of: Callable[[int], str]) -> Iterator[tuple[Runs, int]]:
+    """The chunks up to the first corrupt run; ``path_of`` gives a layer's file for the message.
+
+    Raises:
+        OSError: EIO where metadata is corrupt, after everything before it; or as ``chunks`` raises.
+    """
+    for runs, end in chunks:
+        corrupt = np.flatnonzero(runs.kind == _CORRUPT)
+        if not len(corrupt):
+            yield runs, end
+            continue
+        first = int(corrupt[0])
+        start = int(runs.start[first])
+        if first:
+            yield runs.where(slice(first)), start
+        raise OSError(errno.EIO, f"corrupt table entry for guest offset {start}", path_of(int(runs.layer[first])))
+
+
+def statuses(chunks: Iterable[tuple[Runs, int]], layer_count: int) -> Iterator[Status]:
+    """Block status of runs of a chain of so many layers."""
+    bottom = layer_count - 1
+    for runs, end in chunks:
+        depth = runs.layer + np.uint16(1)
+        unallocated = runs.kind <= Kind.UNALLOCATED_OFFSET
+        # A layer that ends too early counts as the one that provides the zeros behind its end (P7).
+        depth[unallocated] = np.where(runs.layer[unallocated] == bottom, 0, runs.layer[unallocated] + np.uint16(2))
+        yield Status(runs.start, runs.kind, depth, end)
+
+
 def _part(cluster: bytes, offset: int, length: int) -> memoryview:
     """What an inflated cluster holds of the guest range."""
     inside = offset % len(cluster)
     return memoryview(cluster)[inside : inside + length]
 
 
-def _zeros(length: int) -> list[memoryview]:
+def zero_pieces(length: int) -> list[memoryview]:
     """Zeros, without memory of their own."""
     whole, rest = divmod(length, len(_ZEROS))
     return [_ZEROS] * whole + ([_ZEROS[:rest]] if rest else [])

@@ -218,10 +218,10 @@ class ChainIndex:
             open_[index] = False
             if not open_.any():
                 break
-        runs = _merge(base, kind, owner, host, granule)
+        runs = merge_granules(base, kind, owner, host, granule)
         if isinstance(layers[-1], RawImage):
             runs = _fill_from_raw(runs, base, base + count * granule, layers[-1], bottom)
-        return _clip(runs, start, end)
+        return clip_runs(runs, start, end)
 
 
 def _segments(sizes: Sequence[int]) -> Iterator[Segment]:
@@ -256,7 +256,7 @@ def _to_granules(
     return index, np.repeat(found.kind, ratio), host.reshape(-1)
 
 
-def _merge(
+def merge_granules(
     base: int, kind: NDArray[np.uint8], owner: NDArray[np.uint16], host: NDArray[np.uint64], granule: int
 ) -> Runs:
     """Join neighbouring granules that continue each other. One compressed cluster is one run."""
@@ -295,7 +295,7 @@ def runs_at(runs: Runs, start: NDArray[np.uint64]) -> Runs:
     return Runs(start, kind, runs.layer[number], host)
 
 
-def _clip(runs: Runs, start: int, end: int) -> Runs:
+def clip_runs(runs: Runs, start: int, end: int) -> Runs:
     """Only ``[start, end)``; granules at the edges may reach beyond it."""
     inside = runs.start < end
     if not inside.all():

@@ -11,14 +11,22 @@ from numpy.typing import NDArray
 
 from nbdq.block import Granules, Kind
 
-_OFFSET = np.uint64(0x00FF_FFFF_FFFF_FE00)
-_COPIED = np.uint64(1 << 63)
-_COMPRESSED = np.uint64(1 << 62)
-_DESCRIPTOR = np.uint64((1 << 62) - 1)
-_ZERO = np.uint64(1)
-_SUBCLUSTERS = 32
+#: The parts of an L1 entry, and of the descriptor in an L2 entry, as plain integers.
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+COPIED = 1 << 63
+"""The cluster has one reference, this one, and may be changed in place (Q37)."""
+COMPRESSED = 1 << 62
+READS_ZERO = 1
+"""Standard descriptors of version 3 only."""
+DESCRIPTOR_MASK = COMPRESSED - 1
+SUBCLUSTERS = 32
+ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 
-L1_OFFSET_MASK = int(_OFFSET)
+_OFFSET = np.uint64(OFFSET_MASK)
+_COPIED = np.uint64(COPIED)
+_COMPRESSED = np.uint64(COMPRESSED)
+_DESCRIPTOR = np.uint64(DESCRIPTOR_MASK)
+_ZERO = np.uint64(READS_ZERO)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Geometry:
     @property
     def granule(self) -> int:
         """Bytes of the smallest unit of allocation: the cluster, or the subcluster."""
-        return self.cluster_size // _SUBCLUSTERS if self.extended_l2 else self.cluster_size
+        return self.cluster_size // SUBCLUSTERS if self.extended_l2 else self.cluster_size
 
     def compressed_range(self, descriptor: int) -> tuple[int, int]:
         """Host offset and byte length of a compressed cluster's data (Q49, Q50); the length is an upper bound."""
@@ -110,7 +118,7 @@ def _decode_extended(table: bytes, guest_offset: int, geometry: Geometry) -> Gra
 
     # One byte lane per subcluster: bits[i, x] is bit x of the entry's bitmap, little end first.
     bits = np.unpackbits(bitmap.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-    allocated, zero = bits[:, :_SUBCLUSTERS].astype(bool), bits[:, _SUBCLUSTERS:].astype(bool)
+    allocated, zero = bits[:, :SUBCLUSTERS].astype(bool), bits[:, SUBCLUSTERS:].astype(bool)
     has_host = (cluster_kind == Kind.DATA)[:, np.newaxis]
     both = (allocated & zero).any(axis=1)
     without_host = ~has_host[:, 0] & allocated.any(axis=1)
@@ -125,7 +133,7 @@ def _decode_extended(table: bytes, guest_offset: int, geometry: Geometry) -> Gra
     for whole in (Kind.CORRUPT, Kind.COMPRESSED):
         kind[cluster_kind == whole] = whole
 
-    step = np.arange(_SUBCLUSTERS, dtype=np.uint64) * np.uint64(geometry.granule)
+    step = np.arange(SUBCLUSTERS, dtype=np.uint64) * np.uint64(geometry.granule)
     host = np.where(
         np.isin(kind, (Kind.DATA, Kind.ZERO_OFFSET, Kind.UNALLOCATED_OFFSET)),
         cluster_host[:, np.newaxis] + step,
@@ -133,6 +141,6 @@ def _decode_extended(table: bytes, guest_offset: int, geometry: Geometry) -> Gra
     )
     whole_cluster = np.isin(cluster_kind, (Kind.CORRUPT, Kind.COMPRESSED))
     host[whole_cluster] = cluster_host[whole_cluster, np.newaxis]
-    index = cluster_index[:, np.newaxis] * _SUBCLUSTERS + np.arange(_SUBCLUSTERS)
+    index = cluster_index[:, np.newaxis] * SUBCLUSTERS + np.arange(SUBCLUSTERS)
     keep = kind.reshape(-1) != Kind.UNALLOCATED
     return Granules(index.reshape(-1)[keep], kind.reshape(-1)[keep], host.reshape(-1)[keep])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nbdq.block import Granules, Kind
 from nbdq.qcow2.compression import inflate_cluster
-from nbdq.qcow2.entries import L1_OFFSET_MASK, Geometry, decode_l2
+from nbdq.qcow2.entries import OFFSET_MASK, Geometry, decode_l2
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.preallocation import is_metadata_preallocated
 from nbdq.qcow2.snapshots import Snapshot
@@ -57,7 +57,7 @@ class Qcow2Image:
         for number, entry in enumerate(self._read_l1(first, -(-end // coverage)).tolist(), first):
             if entry:
                 low, high = max(start, number * coverage), min(end, (number + 1) * coverage)
-                part = self._map_l2(entry & L1_OFFSET_MASK, low, high)
+                part = self._map_l2(entry & OFFSET_MASK, low, high)
                 if len(part.position):
                     found.append(part._replace(position=part.position + (low - start) // self.granule))
         if not found:
@@ -106,7 +106,7 @@ class Qcow2Image:
         occupied = np.zeros((end - start) // step, dtype=bool)
         first = start // geometry.l2_coverage
         for number, entry in enumerate(self._read_l1(first, -(-end // geometry.l2_coverage)).tolist(), first):
-            l2_offset = entry & L1_OFFSET_MASK
+            l2_offset = entry & OFFSET_MASK
             if not l2_offset:
                 continue
             low = max(start, number * geometry.l2_coverage)

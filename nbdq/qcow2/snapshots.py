@@ -78,6 +78,18 @@ def iterate_snapshots(storage: FileStorage, header: Header) -> Iterator[Snapshot
         yield _read_entry(storage.path, cursor, index)
 
 
+def snapshot_table_length(storage: FileStorage, header: Header) -> int:
+    """Bytes of the snapshot table, from its first entry to the end of its last.
+
+    Raises:
+        ImageError, OSError: as :func:`iterate_snapshots`.
+    """
+    cursor = TableCursor(storage, header.snapshots_offset, name="snapshot table")
+    for index in range(header.snapshot_count):
+        _read_entry(storage.path, cursor, index)
+    return cursor.consumed
+
+
 def find_snapshot(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot:
     """The snapshot that ``qemu-nbd -l wanted`` means.
 

@@ -1,0 +1,47 @@
+"""Which host clusters hold metadata, and so must never be the target of a guest's write (O1-O4, R-27).
+
+QEMU has eight classes of such checks and leaves the expensive one off by default, because it reads the disk for every
+write. Here every class is one look-up: the clusters that the tables name at open are a sorted array, those that come
+and go later are sets.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ProtectedClusters:
+    """A set of host cluster numbers. Changed under the lock of the image; a question may be asked at any time."""
+
+    def __init__(self, clusters: NDArray[np.uint64]) -> None:
+        """Begin with ``clusters``, in any order."""
+        self._initial = np.unique(clusters)
+        self._removed: set[int] = set()
+        self._added: set[int] = set()
+
+    def add(self, first: int, count: int) -> None:
+        """Protect ``count`` clusters from ``first``."""
+        self._added.update(range(first, first + count))
+        self._removed.difference_update(range(first, first + count))
+
+    def remove(self, first: int, count: int) -> None:
+        """Protect them no more: their contents are no metadata any longer."""
+        self._removed.update(range(first, first + count))
+        self._added.difference_update(range(first, first + count))
+
+    def overlaps(self, first: int, count: int) -> bool:
+        """Whether any of ``count`` clusters from ``first`` is protected."""
+        low, high = np.searchsorted(self._initial, np.array((first, first + count), dtype=np.uint64)).tolist()
+        if low != high and not self._removed.issuperset(self._initial[low:high].tolist()):
+            return True
+        if count > len(self._added):
+            return any(first <= cluster < first + count for cluster in self._added)
+        return not self._added.isdisjoint(range(first, first + count))
+
+    def among(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of ``clusters`` are protected."""
+        found = np.isin(clusters, self._initial)
+        if self._removed:
+            found &= ~np.isin(clusters, np.fromiter(self._removed, np.uint64))
+        if self._added:
+            found |= np.isin(clusters, np.fromiter(self._added, np.uint64))
+        return np.asarray(found, dtype=np.bool_)

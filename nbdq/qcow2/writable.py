@@ -1,0 +1,397 @@
+"""One QCOW2 image, open for writing: what its clusters are, how they change, and when a change is durable.
+
+:meth:`WritableImage.flush` is the crash argument (design section 6), read aloud: write raised refcounts and new tables;
+sync; write the entries that name them; sync; only then may freed clusters be used again. In between nothing is written
+but guest data, into clusters that the tables in the file either name already or do not name yet.
+
+Guest writes and zeroing are in :mod:`nbdq.qcow2.guest_writes` and :mod:`nbdq.qcow2.zeroing`; both change tables only
+under :attr:`WritableImage.lock`, and do guest I/O without it.
+"""
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbdq.block import BlockDevice
+from nbdq.errors import CorruptImage
+from nbdq.qcow2.allocator import Allocator, Run, TableFull
+from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK, Geometry
+from nbdq.qcow2.format import Header, Incompatible, build_header
+from nbdq.qcow2.image import Qcow2Image
+from nbdq.qcow2.mapping import Mapping, l1_problem
+from nbdq.qcow2.metadata import metadata_clusters
+from nbdq.qcow2.protection import ProtectedClusters
+from nbdq.qcow2.refcounts import BrokenRefcounts, Refcounts
+from nbdq.qcow2.tables import Table, Taken, Write
+from nbdq.storage import FileStorage
+
+#: Freed clusters, and changed L2 tables, that may wait for a flush before one is forced (R-50).
+_FREED_BUDGET = 64 << 20
+_DIRTY_BUDGET = 16 << 20
+
+_SECTOR = 512
+
+
+class Bitmaps(Protocol):
+    """Who keeps book of what the guest changes."""
+
+    def mark(self, offset: int, length: int) -> None:
+        """The guest range is about to change; called before its first byte does."""
+        ...
+
+
+class WritableImage:
+    """The active state of an image. Owns its storages until :meth:`close`. Thread-safe.
+
+    No other program may write to the image meanwhile (:data:`nbdq.locks.WRITER`). ``below`` is the disk that shows
+    through where nothing is allocated; it does not change, and stays the caller's.
+    """
+
+    def __init__(
+        self,
+        storage: FileStorage,
+        header: Header,
+        *,
+        data: FileStorage | None = None,
+        below: BlockDevice | None = None,
+        punch: bool = True,
+        on_event: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Load what every write needs: L1 table, refcount table, and where metadata is.
+
+        The caller has seen to it that the image may be written: it is neither corrupt nor dirty, and promises nothing
+        that we do not keep (:mod:`nbdq.qcow2.prepare`). On failure the storages stay the caller's.
+
+        Args:
+            punch: give the space of clusters that became free back to the file system.
+            on_event: told in one line of what an operator should know; called with locks held.
+
+        Raises:
+            CorruptImage: tables contradict each other so that writing would do damage.
+            OSError: they cannot be read.
+        """
+        self.storage = storage
+        self.data = data or storage
+        self.header = header
+        self.path = storage.path
+        self.below = below
+        self.bitmaps: Bitmaps | None = None
+        self.geometry = Geometry(header.cluster_bits, header.extended_l2, header.version, header.has_data_file)
+        self.size = header.guest_size
+        self.cluster_size = header.cluster_size
+        self.reader = Qcow2Image(storage, header, data=data)
+        """For what is read from the file alone: compressed clusters."""
+        self.on_event = on_event
+        self._punch = punch and not header.has_data_file
+
+        length = header.l1_size * 8
+        l1 = Table.parse(header.l1_table_offset, storage.read(header.l1_table_offset, length).ljust(length, b"\0"))
+        if problem := l1_problem(l1.values, self.geometry):
+            raise CorruptImage(self.path, problem, "repair it with nbdq check -r all")
+        self.protected = ProtectedClusters(np.empty(0, dtype=np.uint64))
+        self.refcounts = Refcounts(storage, header, self.protected)
+        self.protected = ProtectedClusters(
+            metadata_clusters(storage, header, l1.values, self.refcounts.block_offsets())
+        )
+        self.refcounts = Refcounts(storage, header, self.protected)
+        self.allocator = Allocator(storage, self.cluster_size, self.refcounts, self.protected)
+        self.mapping = Mapping(storage, self.geometry, self.refcounts, self.allocator, self.protected, l1)
+
+        self.lock = threading.Lock()
+        """Tables, refcounts and everything below them; never held while guest data is read or written."""
+        self.changed = threading.Condition(self.lock)
+        """A guest cluster is no longer in flight."""
+        self.in_flight: set[int] = set()
+        """Guest clusters that a write is about to give new host clusters; only that write may change their entries."""
+        self.published = False
+        """A table names clusters whose data no sync has covered yet."""
+        self._flush_lock = threading.Lock()  # taken before `lock`
+        self.epoch = 0
+        """Counts flushes; a request that begins now knows nothing that was freed before the last one began."""
+        self._pins: dict[int, int] = {}
+        self.inline_epoch = 1 << 63
+        """The pin of the one thread that does not wait; see :meth:`pinned`."""
+        self.is_corrupt = False
+        """Corruption was found; nothing is written any more."""
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """While a request runs that looks tables up and then touches host clusters without the lock.
+
+        What it may find cannot be used for anything else before it ends (R-50). A plain store, and no lock: a look-up
+        comes after the pin, and what it finds was not freed before.
+        """
+        token = threading.get_ident()
+        outer = self._pins.get(token)
+        if outer is None:
+            self._pins[token] = self.epoch
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self._pins[token]
+
+    def _oldest_active(self) -> int:
+        return min((self.inline_epoch, self.epoch, *list(self._pins.values())))
+
+    # Changes.
+
+    def check_writable(self) -> None:
+        """Refuse a change to an image that was found to be corrupt.
+
+        Raises:
+            OSError: EROFS.
+        """
+        if self.is_corrupt:
+            raise OSError(errno.EROFS, "the image is corrupt and was made read-only; repair it", self.path)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the lock to change tables; what shows that the image is corrupt marks it so.
+
+        Raises:
+            OSError: EIO if metadata turns out to be corrupt, EROFS if it did before.
+            TableFull: see :meth:`grow_refcount_table`.
+        """
+        with self.lock:
+            self.check_writable()
+            try:
+                yield
+            except BrokenRefcounts as error:
+                raise self.corruption(str(error)) from error
+
+    def corruption(self, text: str) -> OSError:
+        """Mark the image corrupt, at once and durably; nothing else is written to it any more (W6). Under the lock."""
+        if not self.is_corrupt:
+            self.is_corrupt = True
+            self.on_event(f"image is corrupt and read-only from now on: {text}")
+            if self.header.version >= 3:
+                marked = replace(self.header, incompatible=self.header.incompatible | Incompatible.CORRUPT)
+                self._write_header(marked)
+        return OSError(errno.EIO, f"the image is corrupt: {text}", self.path)
+
+    def corrupt_entry(self, offset: int) -> OSError:
+        """What is said of a guest offset whose entry breaks a rule of the format."""
+        return OSError(errno.EIO, f"corrupt table entry for guest offset {offset}", self.path)
+
+    def free_entry(self, entry: int) -> None:
+        """An L2 descriptor is gone from the tables in memory; so are its references. Under the lock.
+
+        Nothing is freed that has no flag to say that it is ours, and has no second reference either: then the refcounts
+        lie, and a leak is the smaller damage (R-28).
+        """
+        if self.geometry.has_data_file:
+            return
+        bits = self.geometry.cluster_bits
+        if entry & COMPRESSED:
+            offset, length = self.geometry.compressed_range(entry & DESCRIPTOR_MASK)
+            first = offset >> bits
+            self.allocator.free(first, (offset + length - 1 >> bits) - first + 1)
+            return
+        first, inside = divmod(entry & OFFSET_MASK, self.cluster_size)
+        if first and not inside and (entry & COPIED or self.refcounts.get(first) > 1):
+            self.allocator.free(first)
+
+    def relieve(self) -> None:
+        """Flush if too much waits for it. Without the lock.
+
+        Raises:
+            OSError: as :meth:`flush`.
+        """
+        if self.allocator.freed_bytes > _FREED_BUDGET or self.mapping.dirty_bytes > _DIRTY_BUDGET:
+            self.flush()
+
+    # Durability.
+
+    def flush(self) -> None:
+        """Make everything durable that calls which have returned have changed.
+
+        Raises:
+            OSError: ENOSPC if it can be tried again; EIO if the image is corrupt, or after a failure that is final.
+        """
+        with self._flush_lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self.lock:
+            if self.is_corrupt:
+                raise OSError(errno.EIO, "the image is corrupt; metadata is not written any more", self.path)
+            epoch = self.epoch
+            self.epoch += 1
+            freed = self.allocator.take_freed()
+            blocks, refcount_table = self.refcounts.take()
+            new_tables, changed_tables = self.mapping.take()
+            published, self.published = self.published, False
+        try:
+            first = _writes([*blocks, *new_tables])
+            then = _writes(changed_tables)
+            self._write(first)
+            if self.data is not self.storage:
+                self.data.sync()
+            if then and (first or published):
+                self.storage.sync()  # refcounts, new tables and data, before anything names them (W1, W3)
+            if refcount_table is not None:
+                if not then:
+                    self.storage.sync()
+                self._write(refcount_table.writes)
+                if then:
+                    self.storage.sync()
+            self._write(then)
+            self.storage.sync()
+        except OSError:
+            with self.lock:
+                self.mapping.put_back([*new_tables, *changed_tables])
+                self.refcounts.put_back(blocks, refcount_table)
+                self.allocator.put_back(freed)
+                self.published |= published
+            raise
+        with self.lock:
+            self.mapping.settle()
+            self.refcounts.settle()
+            self.allocator.retire(freed, epoch)
+            self._release()
+
+    def _write(self, writes: list[Write]) -> None:
+        for offset, data in writes:
+            self.storage.write(offset, data)
+
+    def _release(self) -> None:
+        """Let go of what no table in the file names any more, and no request can still touch (R-50)."""
+        try:
+            released = self.allocator.release(self._oldest_active())
+        except BrokenRefcounts as error:
+            raise self.corruption(str(error)) from error
+        if self._punch:
+            for first, clusters, _ in released:
+                self.storage.punch(first * self.cluster_size, clusters * self.cluster_size)
+
+    def grow_refcount_table(self) -> None:
+        """Replace the refcount table by a longer one (A4, R-54). Without the lock, after :class:`TableFull`.
+
+        Raises:
+            OSError: EFBIG at the format's limit, ENOSPC, or a failure that is final.
+        """
+        with self._flush_lock:
+            self._flush()  # so that no page of the old table is on its way
+            with self.changing():
+                longer = self.refcounts.longer_table()
+                self.allocator.claim(longer.first, longer.clusters)
+                start = longer.first * self.cluster_size
+                self.storage.reserve(start, longer.clusters * self.cluster_size)
+                self._write(longer.writes())
+                self.storage.sync()
+                table_clusters = len(longer.table.words) * 8 // self.cluster_size
+                self._write_header(
+                    replace(
+                        self.header,
+                        refcount_table_offset=longer.table.offset,
+                        refcount_table_clusters=table_clusters,
+                    )
+                )
+                self.allocator.free(*self.refcounts.adopt(longer))
+
+    def growing(self, change: Callable[[], "Run"]) -> Run:
+        """Run ``change`` under the lock, as often as the refcount table has to grow for it."""
+        while True:
+            try:
+                with self.changing():
+                    return change()
+            except TableFull:
+                self.grow_refcount_table()
+
+    # Metadata that belongs to others: bitmaps, snapshots.
+
+    def allocate_metadata(self, cluster_count: int) -> int:
+        """Host offset of neighbouring clusters for metadata; they are counted, and protected from the guest.
+
+        Nothing is durable before the next :meth:`flush`.
+
+        Raises:
+            OSError: ENOSPC; EIO or EROFS if the image is corrupt.
+        """
+        run = self.growing(lambda: self.allocator.allocate_neighbours(cluster_count))
+        offset = run.first * self.cluster_size
+        try:
+            self.storage.reserve(offset, cluster_count * self.cluster_size)
+        except OSError:
+            with self.lock:
+                self.allocator.undo(run)
+            raise
+        with self.lock:
+            self.protected.add(run.first, run.clusters)
+        return offset
+
+    def free_metadata(self, offset: int, cluster_count: int) -> None:
+        """Give clusters up that nothing durable names any more; they are free after the next :meth:`flush`."""
+        with self.lock:
+            self.protected.remove(offset // self.cluster_size, cluster_count)
+            self.allocator.free(offset // self.cluster_size, cluster_count)
+
+    def replace_header(self, header: Header) -> None:
+        """Write cluster 0 anew, durably; :attr:`header` is ``header`` from now on.
+
+        What does not fit into the first sector is durable before that sector is written, so that a crash leaves either
+        header, as long as nothing that the old one names has moved (R-55).
+
+        Raises:
+            OSError: ENOSPC if the header does not fit into its cluster; else a failure that is final.
+        """
+        with self.lock:
+            self._write_header(header)
+
+    def _write_header(self, header: Header) -> None:
+        old, new = build_header(self.header), build_header(header)
+        new = new.ljust(len(old), b"\0")
+        if new[_SECTOR:] != old[_SECTOR:]:
+            self.storage.write(_SECTOR, new[_SECTOR:])
+            self.storage.sync()
+        self.storage.write(0, new[:_SECTOR])
+        self.storage.sync()
+        self.header = header
+
+    def close(self) -> None:
+        """Flush until nothing is left to be written, and close. No other call may be in progress.
+
+        Raises:
+            OSError: as :meth:`flush`; everything is closed nevertheless.
+        """
+        try:
+            if not self.is_corrupt and self.storage.failure is None:
+                self.flush()
+                if self.refcounts.needs_flush:  # what was freed is lowered now
+                    self.flush()
+        finally:
+            self.reader.close()
+
+    def table_range(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(L1 index, first entry, count) of each L2 table's part of the guest range; clusters count whole."""
+        coverage, bits = self.geometry.l2_coverage, self.geometry.cluster_bits
+        while start < end:
+            l1_index = start // coverage
+            stop = min(end, (l1_index + 1) * coverage)
+            first = start % coverage >> bits
+            yield l1_index, first, (stop - l1_index * coverage + self.cluster_size - 1 >> bits) - first
+            start = stop
+
+    def entries(self, l1_index: int, first: int, count: int) -> NDArray[np.uint64] | None:
+        """A copy of entries of one L2 table; None where there is no table. With extended L2 two words each.
+
+        Raises:
+            OSError: the table is corrupt, or cannot be read.
+        """
+        step = 2 if self.geometry.extended_l2 else 1
+        with self.lock:
+            table = self.mapping.get(l1_index)
+            return None if table is None else table.values[first * step : (first + count) * step].copy()
+
+
+def _writes(changes: list[Taken]) -> list[Write]:
+    """All writes, ascending."""
+    return sorted(chain.from_iterable(taken.writes for taken in changes))
