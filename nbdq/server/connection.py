@@ -12,7 +12,8 @@ from nbdq.nbd.handshake import Handshake
 from nbdq.nbd.transmission import Transmission
 from nbdq.server.export import Export, Exports
 from nbdq.server.output import Output
-from nbdq.server.session import Resources, Session
+from nbdq.server.resources import Resources
+from nbdq.server.session import Session
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Connection:
         self._session = Session(
             self._socket,
             Transmission(negotiated, self._resources.receive_buffer),
-            export.device,
+            export,
             self._resources,
             on_end=self._hang_up,
         )

@@ -4,20 +4,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nbdq.block import BlockDevice
+from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, TransmissionFlag
 from nbdq.nbd.handshake import ExportInfo
+from nbdq.server.writing import DetectZeroes, Writing
 
-#: One process serves every connection from one device object, so CAN_MULTI_CONN is true (P90); FLUSH and FUA are
-#: harmless on a read-only export, and some clients ask for them (P70).
-_READ_ONLY_FLAGS = (
+#: One process serves every connection from one device object, which keeps nothing for any of them: a flush covers what
+#: all have written, and all read the same. So CAN_MULTI_CONN is true (P90, R-75).
+_FLAGS = (
     TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.READ_ONLY
     | TransmissionFlag.SEND_FLUSH
     | TransmissionFlag.SEND_FUA
     | TransmissionFlag.CAN_MULTI_CONN
     | TransmissionFlag.SEND_CACHE
+)
+#: FLUSH and FUA are harmless on a read-only export, and some clients ask for them (P70).
+_READ_ONLY_FLAGS = _FLAGS | TransmissionFlag.READ_ONLY
+_WRITABLE_FLAGS = (
+    _FLAGS | TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
 )
 
 
@@ -29,6 +34,8 @@ class Export:
     device: BlockDevice
     maximum_connections: int = 0
     """0: no limit of its own."""
+    writing: Writing | None = None
+    """None for a read-only export."""
     connection_count: int = 0
 
     @classmethod
@@ -46,14 +53,42 @@ class Export:
         Raises:
             ExportError: name or description is not fit for the protocol (P2).
         """
-        contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH) if allocation_depth else (BASE_ALLOCATION,)
+        contexts = _contexts(allocation_depth=allocation_depth)
         info = ExportInfo(name, device.size, _READ_ONLY_FLAGS, description=description, contexts=contexts)
         return cls(info, device, maximum_connections)
+
+    @classmethod
+    def writable(
+        cls,
+        name: str,
+        device: WritableBlockDevice,
+        *,
+        description: str = "",
+        allocation_depth: bool = False,
+        maximum_connections: int = 0,
+        discard: bool = True,
+        detect_zeroes: DetectZeroes = DetectZeroes.OFF,
+    ) -> "Export":
+        """An export that clients may change. Without ``discard`` they cannot make it give up space.
+
+        Nothing is flushed when clients leave; that is their duty (R-72), and the creator's before the device is closed.
+
+        Raises:
+            ExportError: name or description is not fit for the protocol (P2).
+        """
+        contexts = _contexts(allocation_depth=allocation_depth)
+        info = ExportInfo(name, device.size, _WRITABLE_FLAGS, description=description, contexts=contexts)
+        writing = Writing(device, discard=discard, detect_zeroes=detect_zeroes)
+        return cls(info, device, maximum_connections, writing)
 
     @property
     def is_full(self) -> bool:
         """Whether no further client may come in."""
         return bool(self.maximum_connections) and self.connection_count >= self.maximum_connections
+
+
+def _contexts(*, allocation_depth: bool) -> tuple[str, ...]:
+    return (BASE_ALLOCATION, ALLOCATION_DEPTH) if allocation_depth else (BASE_ALLOCATION,)
 
 
 class Exports:

@@ -12,9 +12,10 @@ from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
 from nbdq.server.connection import Connection
 from nbdq.server.export import Exports
+from nbdq.server.lag import LagWatch
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener
-from nbdq.server.session import Resources
+from nbdq.server.resources import Resources
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Server:
         self._idle.set()
         self._pool = WorkerPool(limits.workers)
         self._resources = Resources(asyncio.get_running_loop(), self._pool, limits, Budget(limits.process_bytes))
+        self.lag = LagWatch(self._resources.loop)
 
     def start(self) -> None:
         """Accept clients from now on."""
@@ -88,4 +90,5 @@ class Server:
             _log.warning("%d connections did not finish in time", len(self._connections))
             for connection in list(self._connections):
                 connection.abort()
+        self.lag.close()
         self._pool.close()

@@ -3,6 +3,9 @@
 One recv brings many requests; all that memory can answer are answered in one send, on the loop thread, with no object
 per request (design section 5). Everything that could wait for a disk, a table or a decompressor goes to the worker
 pool. Requests wait in the backlog while replies wait in the output: a client that does not read is no longer read.
+
+Small writes are carried out from the receive buffer, which all sessions share: so before a session returns to the loop
+it has served what it received, or copied it.
 """
 
 import asyncio
@@ -10,65 +13,39 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 
-from nbdq.block import BlockDevice, Piece
 from nbdq.errors import ProtocolError
-from nbdq.nbd.constants import Command, CommandFlag, Errno
-from nbdq.nbd.transmission import (
-    BUFFER_SIZE,
-    DATA_CHUNK,
-    SIMPLE_REPLY,
-    RawRequest,
-    Transmission,
-    block_status_chunk,
-    pack_data_chunk,
-    pack_simple_reply,
-    wire_errno,
-)
-from nbdq.pool import WorkerPool
-from nbdq.server.budget import Budget
-from nbdq.server.contexts import encode_extents
-from nbdq.server.limits import ARENA_SIZE, GUARANTEED_BYTES, SENDFILE_LENGTH, STATUS_EXTENTS, Limits
+from nbdq.nbd.constants import Command
+from nbdq.nbd.transmission import RawRequest, Transmission
+from nbdq.server.export import Export
+from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
 from nbdq.server.output import Output
+from nbdq.server.pace import BATCH_SECONDS
+from nbdq.server.pending import Pending
+from nbdq.server.perform import COMMAND_MASK, Performer
+from nbdq.server.resources import Resources
 
 _log = logging.getLogger(__name__)
 
-_READ = int(Command.READ)
-_COMMAND_MASK = 0xFFFF
-#: Requests that fall into one stretch of this size go to one worker: they probably wait for the same cluster.
-_STRETCH_BITS = 16
+_READ, _WRITE, _FLUSH = int(Command.READ), int(Command.WRITE), int(Command.FLUSH)
 #: A batch ends when it has gathered so many bytes outside of its arena; the send buffer takes no more at once.
 _BATCH_LENGTH = 2 << 20
-#: Batches that one client gets before others have their turn, however fast it reads.
+#: Batches that one client gets before others have their turn, however fast it reads …
 _BATCHES_PER_TURN = 8
-#: Requests of one client that the pool holds, lest others wait behind them; as many as Linux has on its way at once.
-_IN_PROGRESS_MAX = 128
-
-
-@dataclass
-class Resources:
-    """What all sessions of a server share. Loop thread only."""
-
-    loop: asyncio.AbstractEventLoop
-    pool: WorkerPool
-    limits: Limits
-    budget: Budget
-    receive_buffer: bytearray = field(default_factory=lambda: bytearray(BUFFER_SIZE))
-    """Every session parses what it received before the next one receives."""
-    arenas: list[bytearray] = field(default_factory=list)
-    """Reply buffers that no session holds."""
+#: … and bytes of a payload, however fast it sends.
+_PAYLOAD_PER_TURN = 4 << 20
 
 
 class Session:
-    """Serves one client from a device until either side ends it. Loop thread only, but for :meth:`_work`."""
+    """Serves one client from an export until either side ends it. Loop thread only."""
 
     def __init__(
         self,
         sock: socket.socket,
         transmission: Transmission,
-        device: BlockDevice,
+        export: Export,
         resources: Resources,
         on_end: Callable[[str], None],
     ) -> None:
@@ -76,37 +53,42 @@ class Session:
         :meth:`abandon` came first."""
         self._socket = sock
         self._transmission = transmission
-        self._device = device
+        self._device = export.device
+        self._writing_side = export.writing
         self._resources = resources
         self._on_end = on_end
-        structured = transmission.negotiated.structured
-        self._pack_header = pack_data_chunk if structured else pack_simple_reply
-        self._header_size = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        self._performer = Performer(export, transmission)
+        self._pending = Pending(
+            export,
+            self._performer,
+            resources,
+            on_replies=partial(self._guard, self._finish),
+            on_memory=self._serve_again,
+        )
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
+        self._memory: bytearray | None = None  # the arena that the last such payload was received into
         self._backlog: deque[RawRequest] = deque()
-        self._slow: list[RawRequest] = []  # admitted by a batch that is being served, and about to go to the pool
-        self._in_progress = 0  # requests that the pool has, or has answered into …
-        self._replies: deque[tuple[RawRequest, list[Piece]]] = deque()
-        self._woken = False  # the loop has been told of replies
-        self._reserved = 0  # reply bytes taken from the budget …
-        self._answered = 0  # … of which these are in the output, and are given back when it is empty
         self._reading = False
         self._writing = False
         self._stopping = ""  # the reason, once no further request will be read
         self._ended = False
         self._stall: asyncio.TimerHandle | None = None
+        self._payload_stall: asyncio.TimerHandle | None = None
+        self._payload_count = 0
         self._due = False  # the loop will call _take_turn
+
+    @property
+    def in_progress(self) -> int:
+        """Requests that wait for the pool or for a flush."""
+        return self._pending.in_progress
 
     def start(self, leftover: bytes) -> None:
         """Begin to serve, first the requests that arrived together with the last option."""
         self._resume_reading()
-        while leftover and not self._stopping:
-            buffer = self._transmission.buffer()
-            count = min(len(buffer), len(leftover))
-            buffer[:count] = leftover[:count]
-            leftover = leftover[count:]
-            self._parse(count)
+        if leftover:
+            self._transmission.buffer()[: len(leftover)] = leftover  # less than one receive of the handshake
+            self._parse(len(leftover))
         self._guard(self._serve)
 
     def shut_down(self) -> None:
@@ -124,12 +106,12 @@ class Session:
             self._writing = False
             self._resources.loop.remove_writer(self._socket.fileno())
         self._watch_stall(waiting=False)
+        if self._payload_stall is not None:
+            self._payload_stall.cancel()
         self._backlog.clear()
         self._output.clear()
         self._arena = None  # what the output pointed into goes with us
-        self._resources.budget.forget(self._serve_again)
-        self._answered += sum(map(self._charge, self._slow))  # of a batch that failed
-        self._give_back_answered()
+        self._pending.abandon()
 
     def _guard(self, callback: Callable[[], None]) -> None:
         """Run a callback of the loop; a bug in it ends this connection, and leaves nothing hanging (R-10)."""
@@ -154,19 +136,29 @@ class Session:
     def _on_readable(self) -> None:
         # libuv reports a reset once, perhaps together with the last bytes, and then watches no more. A reply would run
         # into the reset; where no request became complete there is none, so look again.
-        while not self._backlog and not self._stopping:
+        received = 0
+        while not self._backlog and not self._stopping and self._provide_memory():
+            if received > _PAYLOAD_PER_TURN:
+                self._resources.loop.call_soon(self._guard, self._read_on)
+                return
             try:
                 count = self._socket.recv_into(self._transmission.buffer())
             except (BlockingIOError, InterruptedError):
-                return
+                self._watch_payload()
+                break
             except OSError as error:
                 self._end(str(error))
                 return
+            received += count
             if count:
                 self._parse(count)
             else:
                 self._stop("client closed the connection without NBD_CMD_DISC")
         self._serve()
+
+    def _read_on(self) -> None:
+        if self._reading:
+            self._on_readable()
 
     def _parse(self, count: int) -> None:
         try:
@@ -193,8 +185,7 @@ class Session:
             if self._arena is not None:
                 self._resources.arenas.append(self._arena)
                 self._arena = None
-            if self._answered:
-                self._give_back_answered()
+            self._pending.output_is_empty()
             if self._writing:
                 self._writing = False
                 self._resources.loop.remove_writer(self._socket.fileno())
@@ -214,6 +205,48 @@ class Session:
         if waiting and seconds:
             self._stall = self._resources.loop.call_later(seconds, self._end, "client does not read its replies")
 
+    # Payloads that come into memory of their own.
+
+    def _provide_memory(self) -> bool:
+        """Give a payload the memory that it waits for; False when there is none for now (R-70)."""
+        length = self._transmission.wanted
+        if not length:
+            return True
+        if not self._pending.reserve_payload(length):
+            return False
+        if ARENA_SIZE // 2 <= length <= ARENA_SIZE:  # used again, because fresh memory of this size is slow
+            arenas = self._resources.arenas
+            self._memory = arenas.pop() if arenas else bytearray(ARENA_SIZE)
+            self._transmission.provide(memoryview(self._memory)[:length])
+        else:
+            self._memory = None
+            self._transmission.provide(memoryview(bytearray(length)))
+        self._payload_count += 1
+        return True
+
+    def _watch_payload(self) -> None:
+        """Nothing more has come for now: let a payload that stays unfinished not hold its memory for ever."""
+        seconds = self._resources.limits.reply_stall_seconds
+        missing = self._transmission.missing
+        if missing and self._payload_stall is None and seconds:
+            self._payload_stall = self._resources.loop.call_later(
+                seconds, self._guard, partial(self._judge_payload, self._payload_count, missing)
+            )
+
+    def _judge_payload(self, count: int, missing: int) -> None:
+        self._payload_stall = None
+        if (self._payload_count, self._transmission.missing) == (count, missing):
+            self._end("client does not send the rest of a WRITE")
+        else:
+            self._watch_payload()
+
+    def _payload_done(self) -> None:
+        """The WRITE whose payload has memory of its own was answered at once."""
+        self._pending.payload_done()
+        if self._memory is not None:
+            self._resources.arenas.append(self._memory)
+            self._memory = None
+
     # Serving.
 
     def _serve(self) -> None:
@@ -225,12 +258,19 @@ class Session:
             self._serve_again()
         if self._ended:
             return
-        if self._backlog or self._output:
-            self._pause_reading()
-        elif not self._stopping:
-            self._resume_reading()
-        elif not self._in_progress:
-            self._end(self._stopping)
+        if not self._backlog and not self._output:
+            if self._stopping:
+                if not self._pending.in_progress:
+                    self._end(self._stopping)
+                return
+            if self._provide_memory():
+                self._pending.unsettled()
+                self._resume_reading()
+                return
+        self._pause_reading()
+        copied = self._transmission.settle()
+        if copied:
+            self._pending.settled(copied)
 
     def _serve_batch(self) -> bool:
         """Fill one arena with replies and send it; False when the backlog must wait for the pool or the budgets."""
@@ -240,14 +280,22 @@ class Session:
         queued = position = 0  # arena bytes before `queued` are in the output already
         size = self._device.size
         read_cached, gather_cached = self._device.read_cached, self._device.gather_cached
-        pack_header, header_size = self._pack_header, self._header_size
+        performer, pending, payloads = self._performer, self._pending, self._transmission.payloads
+        pack_header, header_size = performer.pack_header, performer.header_size
+        pack_success, success_size = performer.pack_success, performer.success_size
         maximum_length = self._transmission.negotiated.export.maximum_block
+        begun = monotonic()
+        inline = 0  # bytes that a write may have to be carried out here
+        if self._writing_side is not None:
+            write_cached, changing, pace = self._writing_side.write_cached, pending.changing, self._writing_side.pace
+            inline = INLINE_WRITE_LENGTH if pace.inline_from <= begun else 0
         gathered = 0  # bytes in the output that are not in the arena
         admitted = True
         while backlog and gathered < _BATCH_LENGTH:
             request = backlog[0]
             _, operation, cookie, offset, length = request
             data = position + header_size
+            reply = None
             if operation == _READ and offset + length <= size and 0 < length <= maximum_length:
                 if length < SENDFILE_LENGTH:
                     end = data + length
@@ -270,67 +318,64 @@ class Session:
                         gathered += length
                         backlog.popleft()
                         continue
-            reply = self._answer(request)
+            elif operation == _WRITE and 0 < length <= inline and offset + length <= size:
+                if data > ARENA_SIZE:
+                    break
+                try:
+                    written = not (changing and pending.overlaps(offset, length)) and write_cached(offset, payloads[0])
+                except OSError as error:
+                    reply = performer.error_reply(request, error)
+                else:
+                    if written:
+                        pack_success(arena, position, cookie, offset, length)
+                        position += success_size
+                        backlog.popleft()
+                        payloads.popleft()
+                        if pending.payload:
+                            self._payload_done()
+                        now = monotonic()
+                        if now - begun > BATCH_SECONDS:
+                            pace.inline_was_slow(now)
+                            inline = 0
+                        continue
+            if reply is None:
+                reply = self._answer(request)
+            is_write = operation & COMMAND_MASK == _WRITE
             if reply is not None:
                 if position > queued:
                     output.append(view[queued:position])
                     queued = position
                 output.append(memoryview(reply))
                 gathered += len(reply)
-            elif self._admit(request):
-                self._slow.append(request)
-            else:
+                if is_write and pending.payload:
+                    self._payload_done()
+            elif not pending.admit(request, payloads[0] if is_write else None, inline=0 < length <= inline):
                 admitted = False
                 break
             backlog.popleft()
+            if is_write:
+                payloads.popleft()
         if position > queued:
             output.append(view[queued:position])
-        if self._slow:
-            self._submit(self._slow)
-            self._slow = []
+        pending.submit()
         self._flush()
         return admitted
 
     def _answer(self, request: RawRequest) -> bytes | None:
-        """The reply to a request that needs no disk; None for one that goes to the pool."""
+        """The reply to a request that needs no disk; None for one that has to wait."""
         _, operation, cookie, offset, length = request
         transmission = self._transmission
         refusal = transmission.refusal(operation, offset, length)
         if refusal is not None:
             return transmission.error_reply(cookie, refusal.errno, refusal.text)
-        command = operation & _COMMAND_MASK
-        if command == Command.FLUSH or not length:
+        command = operation & COMMAND_MASK
+        if command == _FLUSH:
+            return None if self._writing_side is not None else transmission.success_reply(cookie)
+        if not length:
             return transmission.success_reply(cookie)
         if command == Command.BLOCK_STATUS and self._device.status_cached(offset, length):
-            return self._status_or_error(request)
+            return self._performer.status_or_error(request)
         return None
-
-    # Requests that can wait.
-
-    def _admit(self, request: RawRequest) -> bool:
-        """Reserve memory for the reply to one more request, or arrange that the backlog is tried again later."""
-        count = self._charge(request)
-        if self._in_progress == _IN_PROGRESS_MAX:
-            return False  # our own requests will end, and that serves the backlog again
-        if self._reserved and self._reserved + count > self._resources.limits.connection_bytes:
-            return False  # our own replies will leave, likewise
-        overdraw = self._reserved + count <= GUARANTEED_BYTES
-        if not self._resources.budget.take(count, self._serve_again, overdraw=overdraw):
-            return False
-        self._reserved += count
-        self._in_progress += 1
-        return True
-
-    def _charge(self, request: RawRequest) -> int:
-        """Bytes that the reply to a request can have at most, and something for its objects."""
-        _, operation, _, _, length = request
-        command = operation & _COMMAND_MASK
-        if command == _READ:
-            return length + 512
-        if command == Command.BLOCK_STATUS:
-            extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
-            return extents * 8 * len(self._transmission.negotiated.contexts) + 512
-        return 512
 
     def _serve_again(self) -> None:
         """Serve when the other clients have had their turn."""
@@ -342,91 +387,12 @@ class Session:
         self._due = False
         self._serve()
 
-    def _give_back_answered(self) -> None:
-        count, self._answered = self._answered, 0
-        self._reserved -= count
-        self._resources.budget.give(count)
-
-    def _submit(self, requests: list[RawRequest]) -> None:
-        """Hand requests to the pool, neighbours to the same worker."""
-        stretches: dict[int, list[RawRequest]] = {}
-        for request in requests:
-            stretches.setdefault(request[3] >> _STRETCH_BITS, []).append(request)
-        for stretch in stretches.values():
-            self._resources.pool.submit(partial(self._work, stretch))
-
-    def _work(self, requests: list[RawRequest]) -> None:
-        """Pool thread: answer each request; the loop is woken once for all replies that it has not seen yet."""
-        for request in requests:
-            self._replies.append((request, [] if self._ended else self._perform(request)))
-        if not self._woken:
-            self._woken = True
-            try:
-                self._resources.loop.call_soon_threadsafe(self._guard, self._finish)
-            except RuntimeError:  # the loop is closed: nobody is left to answer
-                _log.debug("a reply came after the end of the loop")
-
-    def _perform(self, request: RawRequest) -> list[Piece]:
-        """Pool thread: carry out a valid request; its whole reply."""
-        _, operation, cookie, offset, length = request
-        command = operation & _COMMAND_MASK
-        if command == Command.BLOCK_STATUS:
-            return [memoryview(self._status_or_error(request))]
-        try:
-            if command == _READ:
-                return self._read(cookie, offset, length)
-            self._device.prefetch(offset, length)
-            return [memoryview(self._transmission.success_reply(cookie))]
-        except Exception as error:
-            return [memoryview(self._error_reply(request, error))]
-
-    def _read(self, cookie: int, offset: int, length: int) -> list[Piece]:
-        if length >= SENDFILE_LENGTH:
-            header = bytearray(self._header_size)
-            self._pack_header(header, 0, cookie, offset, length)
-            return [memoryview(header), *self._device.gather(offset, length)]
-        reply = bytearray(self._header_size + length)
-        self._device.read_into(offset, memoryview(reply)[self._header_size :])
-        self._pack_header(reply, 0, cookie, offset, length)
-        return [memoryview(reply)]
-
-    def _status_or_error(self, request: RawRequest) -> bytes:
-        """Any thread: the reply to a valid BLOCK_STATUS, one chunk for each selected context (P117)."""
-        _, operation, cookie, offset, length = request
-        limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else STATUS_EXTENTS
-        contexts = self._transmission.negotiated.contexts
-        reply = bytearray()
-        try:
-            for number, name in contexts:
-                pairs = encode_extents(name, self._device.status(offset, length), limit=limit)
-                done = number == contexts[-1][0]
-                reply += block_status_chunk(cookie, context_id=number, payload_length=len(pairs), done=done)
-                reply += pairs
-        except Exception as error:
-            return self._error_reply(request, error)
-        return bytes(reply)
-
-    def _error_reply(self, request: RawRequest, error: Exception) -> bytes:
-        """Any thread: what a client is told of a failure; the log gets what it must not see, such as paths (P121)."""
-        _, operation, cookie, offset, length = request
-        name = Command(operation & _COMMAND_MASK).name
-        if isinstance(error, OSError):
-            _log.warning("%s of %d bytes at %d: %s", name, length, offset, error)
-            return self._transmission.error_reply(cookie, wire_errno(error), error.strerror or "I/O error")
-        _log.error("%s of %d bytes at %d", name, length, offset, exc_info=error)
-        return self._transmission.error_reply(cookie, Errno.EIO, "internal error")
-
     def _finish(self) -> None:
-        """Loop thread: queue replies that the pool made."""
-        self._woken = False  # before looking: what is appended from now on wakes the loop anew
-        while self._replies:
-            request, pieces = self._replies.popleft()
-            self._in_progress -= 1
-            self._answered += self._charge(request)
-            if not self._ended:
-                self._output.extend(pieces)
+        """Queue replies that the pool made."""
+        for pieces in self._pending.replies():
+            self._output.extend(pieces)
         if self._ended:
-            self._give_back_answered()
+            self._pending.output_is_empty()
             return
         self._flush()
         self._serve()

@@ -247,7 +247,7 @@ class LoopServer:
     @property
     def waiting_for_pool(self) -> int:
         """Sessions for which the pool has work."""
-        return self.call(lambda: sum(bool((s := c._session) and s._in_progress) for c in self._server._connections))
+        return self.call(lambda: sum(bool((s := c._session) and s.in_progress) for c in self._server._connections))
 
     @property
     def reserved(self) -> int:

@@ -1,0 +1,127 @@
+"""Carrying out one request: from a valid request to its whole reply. Any thread, nothing that changes."""
+
+import logging
+
+from nbdq.block import Piece
+from nbdq.nbd.constants import Command, CommandFlag, Errno
+from nbdq.nbd.transmission import (
+    DATA_CHUNK,
+    SIMPLE_REPLY,
+    RawRequest,
+    Transmission,
+    block_status_chunk,
+    pack_data_chunk,
+    pack_none_chunk,
+    pack_simple_reply,
+    wire_errno,
+)
+from nbdq.server.contexts import encode_extents
+from nbdq.server.export import Export
+from nbdq.server.limits import SENDFILE_LENGTH, STATUS_EXTENTS
+
+_log = logging.getLogger(__name__)
+
+COMMAND_MASK = 0xFFFF
+#: Commands that change the disk.
+CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)))
+
+
+class Performer:
+    """What one client asks of one export, in the form of replies that were negotiated."""
+
+    def __init__(self, export: Export, transmission: Transmission) -> None:
+        self._device = export.device
+        self._writing = export.writing
+        self._transmission = transmission
+        structured = transmission.negotiated.structured
+        self.pack_header = pack_data_chunk if structured else pack_simple_reply
+        self.header_size = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        """Bytes in front of the data of a READ."""
+        self.pack_success = pack_none_chunk if structured else pack_simple_reply
+        self.success_size = len(transmission.success_reply(0))
+
+    def charge(self, request: RawRequest) -> int:
+        """Bytes that a request and its reply can have at most, and something for their objects."""
+        _, operation, _, _, length = request
+        command = operation & COMMAND_MASK
+        if command in (Command.READ, Command.WRITE):
+            return length + 512
+        if command == Command.BLOCK_STATUS:
+            extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
+            return extents * 8 * len(self._transmission.negotiated.contexts) + 512
+        return 512
+
+    def perform(self, request: RawRequest, payload: memoryview | None) -> list[Piece] | None:
+        """The whole reply; None for a change that succeeded, which may have to be made durable first (P92)."""
+        _, operation, cookie, offset, length = request
+        command = operation & COMMAND_MASK
+        if command == Command.BLOCK_STATUS:
+            return [memoryview(self.status_or_error(request))]
+        try:
+            if command == Command.READ:
+                return self._read(cookie, offset, length)
+            if command in CHANGES:
+                self._change(operation, offset, length, payload)
+                return None
+            self._device.prefetch(offset, length)
+            return self.success(request)
+        except Exception as error:
+            return self.failure(request, error)
+
+    def failure(self, request: RawRequest, error: Exception) -> list[Piece]:
+        """The reply to a request that failed of ``error``."""
+        return [memoryview(self.error_reply(request, error))]
+
+    def success(self, request: RawRequest) -> list[Piece]:
+        """The reply to a request that succeeded and returns no data."""
+        return [memoryview(self._transmission.success_reply(request[2]))]
+
+    def _read(self, cookie: int, offset: int, length: int) -> list[Piece]:
+        if length >= SENDFILE_LENGTH:
+            header = bytearray(self.header_size)
+            self.pack_header(header, 0, cookie, offset, length)
+            return [memoryview(header), *self._device.gather(offset, length)]
+        reply = bytearray(self.header_size + length)
+        self._device.read_into(offset, memoryview(reply)[self.header_size :])
+        self.pack_header(reply, 0, cookie, offset, length)
+        return [memoryview(reply)]
+
+    def _change(self, operation: int, offset: int, length: int, payload: memoryview | None) -> None:
+        assert self._writing is not None
+        command, flags = operation & COMMAND_MASK, operation >> 16
+        if command == Command.WRITE:
+            assert payload is not None
+            self._writing.write(offset, payload)
+        elif command == Command.WRITE_ZEROES:
+            unmap = not flags & CommandFlag.NO_HOLE
+            self._writing.zero(offset, length, unmap=unmap, fast=bool(flags & CommandFlag.FAST_ZERO))
+        else:
+            self._writing.discard(offset, length)
+
+    def status_or_error(self, request: RawRequest) -> bytes:
+        """The reply to a valid BLOCK_STATUS, one chunk for each selected context (P117)."""
+        _, operation, cookie, offset, length = request
+        limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else STATUS_EXTENTS
+        contexts = self._transmission.negotiated.contexts
+        reply = bytearray()
+        try:
+            for number, name in contexts:
+                pairs = encode_extents(name, self._device.status(offset, length), limit=limit)
+                done = number == contexts[-1][0]
+                reply += block_status_chunk(cookie, context_id=number, payload_length=len(pairs), done=done)
+                reply += pairs
+        except Exception as error:
+            return self.error_reply(request, error)
+        return bytes(reply)
+
+    def error_reply(self, request: RawRequest, error: Exception) -> bytes:
+        """What a client is told of a failure; the log gets what it must not see, such as paths (P121)."""
+        _, operation, cookie, offset, length = request
+        name = Command(operation & COMMAND_MASK).name
+        if isinstance(error, OSError):
+            number = wire_errno(error, fast_zero=bool(operation >> 16 & CommandFlag.FAST_ZERO))
+            if number is not Errno.ENOTSUP:  # which is what a FAST_ZERO wants to know
+                _log.warning("%s of %d bytes at %d: %s", name, length, offset, error)
+            return self._transmission.error_reply(cookie, number, error.strerror or "I/O error")
+        _log.error("%s of %d bytes at %d", name, length, offset, exc_info=error)
+        return self._transmission.error_reply(cookie, Errno.EIO, "internal error")
