@@ -4,23 +4,29 @@ The devices are loop devices over sparse files, which needs the rights of root.
 """
 
 import errno
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
+from nbdq.block import WritableBlockDevice
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import resolve_chain
 from nbdq.errors import ChainError, ImageLocked
+from nbdq.qcow2.writable import WritableImage
 from nbdq.storage import FileStorage
 from tests.support.tools import execute, requires, run
 
 pytestmark = requires("losetup", "qemu-img", "qemu-io")
 
 MIB = 1 << 20
+NO_ROOM = f"Errno {errno.ENOSPC}"
 
 
 @contextmanager
@@ -61,7 +67,7 @@ def raw_disk(device: Path) -> Iterator[RawDisk]:
         disk.close()
 
 
-def read(disk: RawDisk, offset: int, length: int) -> bytes:
+def read(disk: WritableBlockDevice, offset: int, length: int) -> bytes:
     view = memoryview(bytearray(length))
     disk.read_into(offset, view)
     return bytes(view)
@@ -128,9 +134,8 @@ def test_a_write_protected_device_is_refused_to_writers_before_anything_is_writt
 def test_a_device_cannot_be_made_longer(device: Path) -> None:
     """Who tries has a bug, and must not take it for success."""
     storage = FileStorage.open(str(device), writable=True)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+    with pytest.raises(OSError, match=NO_ROOM):
         storage.write(4 * MIB, b"x" * 512)
-    assert caught.value.errno == errno.ENOSPC
     assert storage.failure is None
     storage.close()
 
@@ -148,3 +153,140 @@ def test_a_data_file_on_a_device_is_written_to_only_beneath_a_named_directory(fi
         layer.data_storage.write(0, b"x" * 512)
         layer.data_storage.close()
         layer.storage.close()
+
+
+# QCOW2 on devices
+
+
+@contextmanager
+def qcow2_disk(device: Path) -> Iterator[OverlayDisk]:
+    [layer] = resolve_chain(str(device), writable=True)
+    assert layer.header is not None
+    with closing(ClusterCache(budget=MIB)) as clusters:
+        disk = OverlayDisk(WritableImage(layer.storage, layer.header), None, clusters=clusters)
+        with closing(disk):
+            yield disk
+
+
+@pytest.fixture
+def used_device(file: Path) -> Iterator[Path]:
+    """A device full of what somebody else has left there, and which ends inside a cluster."""
+    file.write_bytes(b"\xaa" * (4 * MIB + 3 * 512))
+    with loop_device(file) as device:
+        yield device
+
+
+def assert_is_sound(device: Path, *, leaks: bool = False) -> None:
+    """QEMU finds no errors; and no leaks, unless there was only one flush since something was freed."""
+    done = execute("qemu-img", "check", "-U", "-f", "qcow2", device)
+    assert done.returncode in ((0, 3) if leaks else (0,)), done.stdout + done.stderr
+
+
+def assert_qemu_reads(device: Path, content: bytearray, tmp_path: Path) -> None:
+    (tmp_path / "expected").write_bytes(content)
+    run("qemu-img", "compare", "-U", "-f", "qcow2", "-F", "raw", device, tmp_path / "expected")
+
+
+def written_until_full(disk: WritableBlockDevice, chunk: int) -> int:
+    """Guest offset of the first chunk for which there was no room; all before it are written."""
+    for offset in range(0, disk.size, chunk):
+        try:
+            disk.write(offset, memoryview(b"a" * chunk))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            return offset
+    raise AssertionError("there was room for everything")
+
+
+def test_what_a_device_held_before_is_never_seen_by_the_guest(used_device: Path, tmp_path: Path) -> None:
+    """A file is zeros behind its end; a device is somebody's old disk."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", used_device, "3M")
+    expected = bytearray(3 * MIB)
+    with qcow2_disk(used_device) as disk:
+        for offset in (5, 100_000, MIB, 2 * MIB + 512, 3 * MIB - 1):
+            disk.write(offset, memoryview(b"x"))
+            expected[offset] = ord("x")
+        disk.zero(512, 1024, unmap=False)
+        assert read(disk, 0, disk.size) == expected
+        disk.flush()
+        assert_qemu_reads(used_device, expected, tmp_path)
+    assert_is_sound(used_device)
+    assert_qemu_reads(used_device, expected, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["cluster_size=512,refcount_bits=64", "cluster_size=4k", "cluster_size=64k,extended_l2=on", "cluster_size=64k"],
+)
+def test_on_a_full_device_the_write_that_needs_room_fails_and_everything_else_goes_on(
+    used_device: Path, tmp_path: Path, options: str
+) -> None:
+    """With small clusters and wide refcounts it is the refcount table that has to grow on the way."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, used_device, "16M")
+    expected = bytearray(16 * MIB)
+    chunk = 16 << 10
+    with qcow2_disk(used_device) as disk:
+        offset = written_until_full(disk, chunk)
+        assert offset > 3 * MIB  # or it was not full
+        expected[:offset] = b"a" * offset
+        # Of the failed write there may be a part, and nothing else.
+        part = read(disk, offset, chunk)
+        assert set(part) <= set(b"\0a")
+        expected[offset : offset + chunk] = part
+        assert read(disk, 0, disk.size) == expected
+
+        disk.flush()
+        assert_is_sound(used_device, leaks=True)
+        assert_qemu_reads(used_device, expected, tmp_path)
+
+        for again in (12 * MIB, 15 * MIB, 16 * MIB - chunk):  # elsewhere, and where a table would be needed, too
+            with pytest.raises(OSError, match=NO_ROOM):
+                disk.write(again, memoryview(b"b" * chunk))
+        disk.write(7, memoryview(b"c" * (2 * MIB)))
+        expected[7 : 7 + 2 * MIB] = b"c" * (2 * MIB)
+        disk.flush()
+        assert read(disk, 0, disk.size) == expected
+        assert_is_sound(used_device, leaks=True)
+
+        disk.discard(MIB, MIB)  # room again, once it is durable that nothing is there
+        disk.flush()
+        expected[MIB : 2 * MIB] = bytes(MIB)
+        disk.write(12 * MIB, memoryview(b"d" * (MIB // 2)))
+        expected[12 * MIB : 12 * MIB + MIB // 2] = b"d" * (MIB // 2)
+        assert read(disk, 0, disk.size) == expected
+    assert_is_sound(used_device)
+    assert_qemu_reads(used_device, expected, tmp_path)
+
+
+def test_an_image_on_a_device_ends_where_its_last_cluster_does_and_not_where_the_device_does(
+    device: Path, tmp_path: Path
+) -> None:
+    """What is allocated lies behind what is there, without a gap, so that the device can be extended in time."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", device, "3M")
+    before = json.loads(run("qemu-img", "check", "--output=json", "-f", "qcow2", device))["image-end-offset"]
+    with qcow2_disk(device) as disk:
+        disk.write(0, memoryview(b"x" * MIB))
+    after = json.loads(run("qemu-img", "check", "--output=json", "-f", "qcow2", device))["image-end-offset"]
+    assert after == before + MIB + (64 << 10)  # an L2 table
+
+
+def test_whoever_extends_the_device_is_told_in_time_and_once(used_device: Path) -> None:
+    """QEMU's block-set-write-threshold: so thin volumes grow with what is in them (reliability.md 2.5)."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", used_device, "16M")
+    told: list[int] = []
+    with qcow2_disk(used_device) as disk:
+        allocator = disk.top.allocator
+        allocator.on_threshold = told.append
+        allocator.threshold = 2 * MIB
+        for offset in range(0, MIB, 64 << 10):
+            disk.write(offset, memoryview(b"x" * 512))
+        disk.write(0, memoryview(b"x" * MIB))  # all of it in place
+        assert told == []
+        for offset in range(MIB, 3 * MIB, 64 << 10):
+            disk.write(offset, memoryview(b"x" * 512))
+        assert len(told) == 1
+        assert 2 * MIB < told[0] <= 2 * MIB + (64 << 10)
+        allocator.threshold = 4 * MIB - (64 << 10)
+        with pytest.raises(OSError, match=NO_ROOM):
+            disk.write(3 * MIB, memoryview(b"x" * 4 * MIB))
+        assert told[1:] == [4 * MIB]
