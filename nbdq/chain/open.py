@@ -1,18 +1,26 @@
 """From a path to a disk: resolve the chain, make layers of its images, put the index over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
-from nbdq.chain.resolve import resolve_chain
+from nbdq.chain.raw_disk import RawDisk
+from nbdq.chain.resolve import ResolvedLayer, resolve_chain
 from nbdq.errors import UnsupportedImage
 from nbdq.qcow2.bitmaps import iterate_bitmaps
+from nbdq.qcow2.format import Header
 from nbdq.qcow2.image import Qcow2Image
+from nbdq.qcow2.prepare import prepare_for_writing
 from nbdq.qcow2.snapshots import check_snapshot, find_snapshot, iterate_snapshots, read_snapshots
+from nbdq.qcow2.tracking import take_over_bitmaps
+from nbdq.qcow2.writable import WritableImage
+from nbdq.storage import FileStorage
 
 
 def open_disk(
@@ -37,28 +45,84 @@ def open_disk(
         ImageError: a layer cannot be served; the message names it and the remedy.
     """
     resolved = resolve_chain(path, format=format, policy=policy, backing=backing)
+    with _closing_on_failure(resolved):
+        if resolved[0].header is None and snapshot is not None:
+            raise UnsupportedImage(path, "a raw image has no internal snapshots", "leave out --load-snapshot")
+        return ChainDisk(_layers(resolved, snapshot), clusters=clusters, index_budget=index_budget)
+
+
+def open_writable(
+    path: str,
+    *,
+    format: str,
+    policy: Policy,
+    clusters: ClusterCache,
+    backing: Sequence[tuple[str, str]] | None = None,
+    index_budget: int = INDEX_BUDGET,
+    punch: bool = True,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> RawDisk | OverlayDisk:
+    """Open the chain whose top image is ``path`` to read and write it. The caller owns the disk.
+
+    A dirty image is repaired first, and promises that will not be kept are withdrawn (Q15); both are durable on return.
+
+    Args:
+        punch: give the space of clusters that became free back to the file system.
+        on_event: told in one line of what an operator should know; called from any thread, possibly with locks held.
+
+    The others are those of :func:`open_disk`.
+
+    Raises:
+        ImageError: a layer cannot be served, or the top cannot be written to; the message names it and the remedy.
+        OSError: the top cannot be read or written.
+    """
+    resolved = resolve_chain(path, format=format, policy=policy, backing=backing, writable=True)
+    with _closing_on_failure(resolved):
+        top = resolved[0]
+        if top.header is None:
+            return RawDisk(top.storage)
+        _check_directories(top.storage, top.header)
+        below = None
+        if len(resolved) > 1:
+            below = ChainDisk(_layers(resolved[1:]), clusters=clusters, index_budget=index_budget)
+        header = prepare_for_writing(top.storage, top.header)
+        image = WritableImage(top.storage, header, data=top.data_storage, below=below, punch=punch, on_event=on_event)
+        taken = take_over_bitmaps(top.storage, header)
+        if taken.lost is not None:
+            on_event(f"{path}: dirty bitmaps are lost: {taken.lost}")
+        image.header, image.bitmaps = taken.header, taken.bitmaps
+        return OverlayDisk(image, below, clusters=clusters)
+
+
+def _layers(resolved: Sequence[ResolvedLayer], snapshot: str | None = None) -> list[Layer]:
+    """Layers that are only read; ``snapshot`` of the first one."""
     layers: list[Layer] = []
+    for layer in resolved:
+        if layer.header is None:
+            layers.append(RawImage(layer.storage))
+            continue
+        _check_directories(layer.storage, layer.header)
+        chosen = None
+        if snapshot is not None and not layers:
+            chosen = find_snapshot(read_snapshots(layer.storage, layer.header), snapshot)
+            check_snapshot(layer.storage, layer.header, chosen)
+        layers.append(Qcow2Image(layer.storage, layer.header, data=layer.data_storage, snapshot=chosen))
+    return layers
+
+
+def _check_directories(storage: FileStorage, header: Header) -> None:
+    """Read snapshot table and bitmap directory even when nobody asks: QEMU refuses images in which they are broken."""
+    for _ in chain(iterate_snapshots(storage, header), iterate_bitmaps(storage, header)):  # (V24)
+        pass
+
+
+@contextmanager
+def _closing_on_failure(resolved: Sequence[ResolvedLayer]) -> Iterator[None]:
     try:
-        for number, layer in enumerate(resolved):
-            if layer.header is None:
-                if number == 0 and snapshot is not None:
-                    raise UnsupportedImage(path, "a raw image has no internal snapshots", "leave out --load-snapshot")
-                layers.append(RawImage(layer.storage))
-                continue
-            # Read even when nobody asks, because QEMU refuses images in which they are broken (V24).
-            for _ in chain(
-                iterate_snapshots(layer.storage, layer.header), iterate_bitmaps(layer.storage, layer.header)
-            ):
-                pass
-            chosen = None
-            if number == 0 and snapshot is not None:
-                chosen = find_snapshot(read_snapshots(layer.storage, layer.header), snapshot)
-                check_snapshot(layer.storage, layer.header, chosen)
-            layers.append(Qcow2Image(layer.storage, layer.header, data=layer.data_storage, snapshot=chosen))
+        yield
     except BaseException:
         for layer in resolved:
             layer.storage.close()
             if layer.data_storage is not None:
                 layer.data_storage.close()
         raise
-    return ChainDisk(layers, clusters=clusters, index_budget=index_budget)

@@ -85,7 +85,9 @@ class Header:
     unknown_fields: bytes = b""
     """Header bytes from 112 on, to be written back untouched (Q8)."""
     warnings: tuple[str, ...] = ()
-    """What is wrong but does not hinder reading; who writes must mend it first or refuse (HARD list)."""
+    """What is wrong but does not hinder reading (HARD list)."""
+    overlaps: tuple[str, ...] = ()
+    """Those of the warnings that say where tables overlap: nobody may write to such an image."""
 
     @property
     def cluster_size(self) -> int:
@@ -177,7 +179,8 @@ def read_header(storage: FileStorage, *, describe: bool = False) -> Header:
     )
     _check_references(path, header, describe=describe)
     overlaps = _check_placement(path, header, file_size=storage.size())
-    return replace(header, warnings=(*odd_fields(fields), *extensions.warnings, *overlaps))
+    warnings = (*odd_fields(fields), *extensions.warnings, *overlaps)
+    return replace(header, warnings=warnings, overlaps=tuple(overlaps))
 
 
 def build_header(header: Header) -> bytes:

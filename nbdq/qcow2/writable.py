@@ -46,6 +46,10 @@ class Bitmaps(Protocol):
         """The guest range is about to change; called before its first byte does."""
         ...
 
+    def store(self, image: "WritableImage") -> None:
+        """Write the book to the image; nothing changes any more."""
+        ...
+
 
 class WritableImage:
     """The active state of an image. Owns its storages until :meth:`close`. Thread-safe.
@@ -357,13 +361,15 @@ class WritableImage:
         self.header = header
 
     def close(self) -> None:
-        """Flush until nothing is left to be written, and close. No other call may be in progress.
+        """Store the bitmaps, flush until nothing is left to be written, and close. No other call may be in progress.
 
         Raises:
             OSError: as :meth:`flush`; everything is closed nevertheless.
         """
         try:
             if not self.is_corrupt and self.storage.failure is None:
+                if self.bitmaps is not None:
+                    self.bitmaps.store(self)
                 self.flush()
                 if self.refcounts.needs_flush:  # what was freed is lowered now
                     self.flush()
