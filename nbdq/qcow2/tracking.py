@@ -8,7 +8,6 @@ a crash leaves bitmaps that are in use, bitmaps that nobody believes because the
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,9 +17,8 @@ from nbdq.errors import UnsupportedImage
 from nbdq.qcow2.bitmap_tables import Table, data_clusters, read_bits, read_table, write_bits
 from nbdq.qcow2.bitmaps import Bitmap, BitmapFlags, build_directory, iterate_bitmaps
 from nbdq.qcow2.dirty import DirtyBits, packed_length
-from nbdq.qcow2.extensions import BitmapsExtension
 from nbdq.qcow2.features import Autoclear
-from nbdq.qcow2.format import Header, build_header
+from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
 
 #: Memory for the bits of all bitmaps of one image, as much as QEMU allows for a single one (Q68). Where nothing was
@@ -30,7 +28,6 @@ MAX_MEMORY = 512 << 20
 #: Where the header has its autoclear bits: eight bytes of one sector, which cannot tear (R-54).
 _AUTOCLEAR_OFFSET = 88
 _AUTOCLEAR = struct.Struct(">Q")
-_SECTOR = 512
 
 
 class MetadataImage(Protocol):
@@ -43,7 +40,6 @@ class MetadataImage(Protocol):
     def allocate_metadata(self, cluster_count: int) -> int: ...
     def free_metadata(self, host_offset: int, cluster_count: int) -> None: ...
     def flush(self) -> None: ...
-    def replace_header(self, header: Header) -> None: ...
 
 
 class TakenOver(NamedTuple):
@@ -160,16 +156,10 @@ class DirtyBitmaps:
         assert self._marked is None, "bitmaps are in use already"
         consistent = [tracked for tracked in self._bitmaps if tracked.bits is not None]
         if consistent:
-            extension = header.bitmaps
-            assert extension is not None, "a directory was read"
-            entries = (tracked.entry for tracked in self._bitmaps)
-            in_use = build_directory(replace(entry, flags=entry.flags | BitmapFlags.IN_USE) for entry in entries)
-            if len(in_use) != extension.directory_size:
-                raise UnsupportedImage(storage.path, "it has names of bitmaps with NUL characters")
-            _write_autoclear(storage, _without_bitmaps(header.autoclear))
-            storage.write(extension.directory_offset, in_use)
-            storage.sync()
-            _write_autoclear(storage, header.autoclear)
+            entries = [tracked.entry for tracked in self._bitmaps]
+            _rewrite_directory(
+                storage, header, [replace(entry, flags=entry.flags | BitmapFlags.IN_USE) for entry in entries]
+            )
         self._marked = [each.bits for each in consistent if each.bits and BitmapFlags.AUTO in each.entry.flags]
         return header
 
@@ -185,14 +175,15 @@ class DirtyBitmaps:
     def store(self, image: MetadataImage) -> None:
         """Write all bits to ``image`` and declare the bitmaps in use no more, in an order that no crash can harm.
 
-        No guest write may be under way; none may follow before :meth:`begin_writing`. What the image then no longer
-        needs is freed with its next flush. Bitmaps without news keep their clusters.
+        No guest write may be under way. After this, successful or not, :meth:`begin_writing` comes before the next
+        one. What the image no longer needs is freed with its next flush. Bitmaps without news keep their clusters.
 
         Raises:
-            OSError: ENOSPC or a failed medium. The bitmaps are still in use, in the file and here.
+            OSError: ENOSPC or a failed medium. In the file the bitmaps are still in use, or not believed; here they
+                are as before.
         """
-        marked, self._marked = self._marked, None
-        assert marked is not None, "bitmaps are not in use"
+        assert self._marked is not None, "bitmaps are not in use"
+        self._marked = None
         if all(tracked.bits is None for tracked in self._bitmaps):
             return
         allocated: list[tuple[int, int]] = []
@@ -202,32 +193,21 @@ class DirtyBitmaps:
             allocated.append((offset, cluster_count))
             return offset
 
-        cluster_size = image.header.cluster_size
         try:
             stored = [_store_one(image, tracked, allocate) for tracked in self._bitmaps]
-            directory = build_directory(tracked.entry for tracked in stored)
-            clusters = -(-len(directory) // cluster_size)
-            extension = BitmapsExtension(len(stored), len(directory), allocate(clusters))
-            image.storage.write(extension.directory_offset, directory.ljust(clusters * cluster_size, b"\0"))
             image.flush()
         except OSError:
-            self._marked = marked
             for offset, cluster_count in allocated:
                 image.free_metadata(offset, cluster_count)
             raise
-        old = image.header.bitmaps
-        assert old is not None, "the directory that was taken over"
-        try:
-            _switch_directory(image, extension)
-        except OSError:
-            self._marked = marked  # which directory the file has is unknown, so that both keep their clusters
-            raise
-        unused = np.setdiff1d(_clusters(old, self._bitmaps, cluster_size), _clusters(extension, stored, cluster_size))
+        # If this fails, nobody knows to which clusters the file refers: old and new ones stay allocated.
+        _rewrite_directory(image.storage, image.header, [tracked.entry for tracked in stored])
+        unused = np.setdiff1d(_clusters(self._bitmaps, image.header), _clusters(stored, image.header))
         self._bitmaps = stored
         for tracked in stored:
             if tracked.bits is not None:
                 tracked.bits.changed = False
-        for offset, cluster_count in _runs(unused, cluster_size):
+        for offset, cluster_count in _runs(unused, image.header.cluster_size):
             image.free_metadata(offset, cluster_count)
 
 
@@ -248,27 +228,31 @@ def _write_autoclear(storage: FileStorage, autoclear: Autoclear) -> None:
     storage.sync()
 
 
-def _switch_directory(image: MetadataImage, extension: BitmapsExtension) -> None:
-    """Make the header name the new directory, so that a torn write shows the old one, the new one, or none."""
-    header = replace(image.header, bitmaps=extension, autoclear=image.header.autoclear | Autoclear.BITMAPS)
-    old, new = build_header(image.header), build_header(header)
-    changed = {number // _SECTOR for number, (a, b) in enumerate(zip_longest(old, new)) if a != b}
-    if len(changed) > 1:
-        ignored = _without_bitmaps(header.autoclear)
-        image.replace_header(replace(image.header, autoclear=ignored))
-        image.replace_header(replace(header, autoclear=ignored))
-    image.replace_header(header)
+def _rewrite_directory(storage: FileStorage, header: Header, entries: Iterable[Bitmap]) -> None:
+    """Replace the entries of the directory where it is; while it is half written, the header disowns it.
+
+    Raises:
+        UnsupportedImage: it would need another place. Nothing has changed.
+        OSError: the file cannot be written.
+    """
+    extension = header.bitmaps
+    assert extension is not None, "the directory was read"
+    directory = build_directory(entries)
+    if len(directory) != extension.directory_size:
+        raise UnsupportedImage(storage.path, "it has names of bitmaps with NUL characters")
+    _write_autoclear(storage, _without_bitmaps(header.autoclear))
+    storage.write(extension.directory_offset, directory)
+    storage.sync()
+    _write_autoclear(storage, header.autoclear)
 
 
-def _clusters(extension: BitmapsExtension, bitmaps: Iterable[_Tracked], cluster_size: int) -> NDArray[np.uint64]:
-    """Host offsets of the clusters that a directory and its consistent bitmaps occupy."""
-    areas = [(extension.directory_offset, extension.directory_size)]
-    found = []
+def _clusters(bitmaps: Iterable[_Tracked], header: Header) -> NDArray[np.uint64]:
+    """Host offsets of the clusters that the tables and data of consistent bitmaps occupy."""
+    found = [np.zeros(0, dtype=np.uint64)]
     for tracked in bitmaps:
         if tracked.bits is not None:
-            areas.append((tracked.entry.table_offset, len(tracked.table) * 8))
-            found.append(data_clusters(tracked.table))
-    found += [np.arange(offset, offset + length, cluster_size, dtype=np.uint64) for offset, length in areas]
+            start, end = tracked.entry.table_offset, tracked.entry.table_offset + len(tracked.table) * 8
+            found += [np.arange(start, end, header.cluster_size, dtype=np.uint64), data_clusters(tracked.table)]
     return np.concatenate(found)
 
 

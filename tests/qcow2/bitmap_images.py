@@ -10,7 +10,7 @@ from nbdq.qcow2.bitmaps import Bitmap, BitmapFlags, build_directory, read_bitmap
 from nbdq.qcow2.extensions import BitmapsExtension
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.fields import l1_entries
-from nbdq.qcow2.format import Header, build_header, read_header
+from nbdq.qcow2.format import Header, read_header
 from nbdq.storage import FileStorage
 from tests.qcow2.minimal import minimal_header, minimal_image, stored
 
@@ -42,11 +42,6 @@ class FakeImage:
 
     def flush(self) -> None:
         self.storage.sync()
-
-    def replace_header(self, header: Header) -> None:
-        self.storage.write(0, build_header(header).ljust(header.cluster_size, b"\0"))
-        self.storage.sync()
-        self.header = header
 
 
 def bitmap(name: str, *, flags: BitmapFlags = AUTO, bits: int = 16, data: bytes = b"") -> tuple[Bitmap, bytes]:
