@@ -14,12 +14,12 @@ import pytest
 
 from nbdq.block import WritableBlockDevice
 from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.open import open_writable
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import resolve_chain
 from nbdq.errors import ChainError, ImageLocked
-from nbdq.qcow2.writable import WritableImage
 from nbdq.storage import FileStorage
 from tests.support.tools import execute, requires, run
 
@@ -59,12 +59,11 @@ def device(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def raw_disk(device: Path) -> Iterator[RawDisk]:
-    [layer] = resolve_chain(str(device), format="raw", writable=True)
-    disk = RawDisk(layer.storage)
-    try:
-        yield disk
-    finally:
-        disk.close()
+    with closing(ClusterCache(budget=MIB)) as clusters:
+        disk = open_writable(str(device), format="raw", policy=Policy(), clusters=clusters)
+        assert isinstance(disk, RawDisk)
+        with closing(disk):
+            yield disk
 
 
 def read(disk: WritableBlockDevice, offset: int, length: int) -> bytes:
@@ -83,8 +82,10 @@ def test_a_raw_disk_on_a_device_is_as_long_as_the_device_and_keeps_what_it_is_gi
         run("qemu-io", "-r", "-f", "raw", "-U", "-c", f"read -P 0x79 {MIB} {MIB}", device)
 
 
-def test_space_of_a_device_is_given_back_and_zeroed_as_the_device_can(file: Path, device: Path) -> None:
-    with raw_disk(device) as disk:
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_space_of_a_device_is_given_back_and_zeroed_as_the_device_can(file: Path, sector: int) -> None:
+    """Whatever its sectors: a guest's are 512 bytes long."""
+    with loop_device(file, f"--sector-size={sector}") as device, raw_disk(device) as disk:
         disk.write(0, memoryview(b"x" * 4 * MIB))
         disk.flush()
         full = file.stat().st_blocks
@@ -92,9 +93,10 @@ def test_space_of_a_device_is_given_back_and_zeroed_as_the_device_can(file: Path
         disk.zero(MIB, MIB, unmap=True)
         disk.zero(2 * MIB - 512, 1024, unmap=True)
         disk.discard(3 * MIB, MIB)
+        disk.discard(3 * MIB - 512, 512)
         disk.flush()
         assert read(disk, 0, 2 * MIB + 512) == bytes(2 * MIB + 512)
-        assert read(disk, 2 * MIB + 512, MIB - 512) == b"x" * (MIB - 512)
+        assert read(disk, 2 * MIB + 512, MIB - 1024) == b"x" * (MIB - 1024)
         assert file.stat().st_blocks < full
         assert disk.size == file.stat().st_size == 4 * MIB
         assert not disk.reads_zero(0, 512)  # a device does not tell its holes
@@ -160,10 +162,9 @@ def test_a_data_file_on_a_device_is_written_to_only_beneath_a_named_directory(fi
 
 @contextmanager
 def qcow2_disk(device: Path) -> Iterator[OverlayDisk]:
-    [layer] = resolve_chain(str(device), writable=True)
-    assert layer.header is not None
     with closing(ClusterCache(budget=MIB)) as clusters:
-        disk = OverlayDisk(WritableImage(layer.storage, layer.header), None, clusters=clusters)
+        disk = open_writable(str(device), format="qcow2", policy=Policy(), clusters=clusters)
+        assert isinstance(disk, OverlayDisk)
         with closing(disk):
             yield disk
 
