@@ -179,7 +179,7 @@ class Zeroing:
         """Which entries keep their host cluster: our own, if nobody wants the space back (Z1)."""
         if self._image.header.data_file_raw:
             return np.asarray((old & np.uint64(COPIED)) != 0, dtype=np.bool_)
-        if unmap:
+        if unmap or self._geometry.version < 3:
             return np.zeros(len(old), dtype=bool)
         kept = (old & np.uint64(COPIED | COMPRESSED)) == COPIED
         if not self._geometry.has_data_file:
