@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -98,17 +97,23 @@ class Explorer:
         opener: Opener,
         *,
         judges: Sequence[Judge] = (),
+        bitmap_judge: Judge | None = None,
         figures: Figures | None = None,
         stop_at_failure: bool = False,
     ) -> None:
-        """Work beneath the existing ``directory``; ``judges`` are asked besides QEMU."""
+        """Work beneath the existing ``directory``; ``judges`` are asked besides QEMU.
+
+        Args:
+            bitmap_judge: asked about every state of an image with bitmaps.
+            stop_at_failure: look at nothing more after the first failure.
+        """
         self.figures = figures or Figures()
         self._directory = directory
         self._opener = opener
         self._judges = judges
+        self._bitmap_judge = bitmap_judge
         self._stop_at_failure = stop_at_failure
         self._prepared: dict[str, Prepared] = {}
-        self._numbers = count()
 
     def run(self, workload: Workload, seed: int, *, states: int, recoveries: int = 2, repairs: int = 2) -> None:
         """Explore about ``states`` states of one run.
@@ -130,9 +135,7 @@ class Explorer:
         return self._stop_at_failure and bool(self.figures.failures)
 
     def _new_directory(self, name: str) -> Path:
-        directory = self._directory / f"{name}{next(self._numbers)}"
-        directory.mkdir()
-        return directory
+        return Path(tempfile.mkdtemp(prefix=name, dir=self._directory))
 
 
 class _Run:
@@ -266,6 +269,9 @@ class _Run:
         if isinstance(values, Finding):
             return values
         finding = compare(values, allowed)
+        if finding is None and self._workload.layers[-1].bitmap and self._explorer._bitmap_judge is not None:
+            self._bench.put(contents)
+            finding = self._explorer._bitmap_judge(self._bench, values)
         number = len(self._seen)
         if finding is None and number in self._repair_at:
             self._figures.repaired += 1

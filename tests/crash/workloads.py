@@ -6,7 +6,7 @@ Images are small, so that states are cheap, and have tables that are smaller sti
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -104,12 +104,12 @@ def _fill(layer: Layer, name: str, depth: int, workload: Workload, directory: Pa
     generator = random.Random(depth)
     piece = 64 if layer.compressed or workload.size < 1 << 20 else 256
     sectors = workload.size // SECTOR
-    starts = [start for start in range(0, sectors, piece) if generator.random() < layer.filled]
+    starts = sorted(generator.sample(range(0, sectors, piece), int(layer.filled * sectors / piece)))
     _write(starts, piece, depth + 1, layer, name, directory)
     if layer.snapshot:
         run("qemu-img", "snapshot", "-q", "-c", "before", name, cwd=directory)
         again = [start for start in starts if generator.random() < 0.3]
-        _write(again, piece, depth + _SNAPSHOT_FILL, layer, name, directory)
+        _write(again, piece, depth + _SNAPSHOT_FILL, replace(layer, compressed=False), name, directory)
     if layer.bitmap:
         run("qemu-img", "bitmap", "--add", "-g", "4k", "--enable", name, "bitmap", cwd=directory)
 
@@ -144,17 +144,17 @@ WORKLOADS = (
     Workload("trimming over a base", (Layer(filled=0.7), Layer(filled=0.5)), _TRIMMING, requests=160),
     Workload("a full medium", habits=_TRIMMING, requests=160, room=120 * KIB),
     Workload(
+        # The table of 64 entries counts 2 MiB, of which the fill leaves a little.
         "a growing refcount table",
-        (Layer("cluster_size=512,refcount_bits=64"),),
-        Habits(largest=64, discard=4, zero=4),
-        size=1024 * KIB,
-        requests=100,
+        (Layer("cluster_size=512,refcount_bits=64", filled=0.625),),
+        Habits(largest=48, discard=4, zero=4),
+        size=3072 * KIB,
+        requests=80,
     ),
     Workload(
-        "a growing table of narrow refcounts",
+        "refcounts of one bit",
         (Layer("cluster_size=512,refcount_bits=1"),),
-        Habits(largest=96, discard=4, zero=4),
-        size=4096 * KIB,
+        Habits(largest=64, discard=10, zero=8),
         requests=100,
     ),
     Workload(
@@ -170,7 +170,7 @@ WORKLOADS = (
     ),
     Workload(
         "extended L2 over a base",
-        (Layer(filled=0.6), Layer("cluster_size=16k,extended_l2=on", filled=0.2)),
+        (Layer(filled=0.6), Layer("cluster_size=32k,extended_l2=on", filled=0.2)),
         Habits(largest=48, discard=12, zero=14, flush=14),
         size=1024 * KIB,
     ),
@@ -190,6 +190,12 @@ WORKLOADS = (
         _SMALL,
     ),
     Workload("shared with a snapshot", (Layer(filled=0.8, snapshot=True),), _BUSY),
+    Workload(
+        "many tables shared with a snapshot",
+        (Layer("cluster_size=512", filled=0.8, snapshot=True),),
+        _BUSY,
+        size=256 * KIB,
+    ),
     Workload(
         "compressed and shared with a snapshot",
         (Layer(filled=0.8, snapshot=True, compressed=True),),

@@ -1,0 +1,64 @@
+"""The engine under test, as ``nbdq serve`` opens it, and its own opinions about what a crash left."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from nbdq.block import WritableBlockDevice
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.open import open_writable
+from nbdq.errors import ImageError
+from nbdq.qcow2.bitmap_tables import load_bits
+from nbdq.qcow2.bitmaps import BitmapFlags, read_bitmaps
+from nbdq.qcow2.check import check_image
+from nbdq.qcow2.features import Autoclear
+from nbdq.qcow2.format import read_header
+from nbdq.storage import FileStorage
+from tests.crash.recorder import SECTOR
+from tests.crash.stamps import Values
+from tests.crash.verdict import POLICY, Bench, Fault, Finding
+
+
+class _NoReadAhead(ClusterCache):
+    """Inflates nothing ahead: that would be done by threads that follow no schedule."""
+
+    def get_ahead(self, key: object, load: Callable[[], bytes]) -> None:
+        """Leave it."""
+
+
+def open_engine(path: Path) -> WritableBlockDevice:
+    """The chain whose top is at ``path``, for writing."""
+    return open_writable(str(path), format="qcow2", policy=POLICY, clusters=_NoReadAhead(budget=1 << 20))
+
+
+def own_check(bench: Bench, _values: Values) -> Finding | None:
+    """What nbdq's check finds besides leaks (C2)."""
+    with contextlib.closing(FileStorage.open(str(bench.top))) as storage:
+        try:
+            result = check_image(storage, read_header(storage))
+        except (ImageError, OSError) as error:
+            return Finding(Fault.CORRUPT, f"nbdq check: {error}")
+    if result.corruptions or result.check_errors:
+        return Finding(Fault.CORRUPT, f"nbdq check: {'; '.join(result.findings[:4])}")
+    return None
+
+
+def believed_bitmaps(bench: Bench, values: Values) -> Finding | None:
+    """Whether a bitmap that the image vouches for misses a sector that has changed since it was made (C7)."""
+    changed = np.flatnonzero(values != bench.prepared.initial)
+    with contextlib.closing(FileStorage.open(str(bench.top))) as storage:
+        header = read_header(storage)
+        if Autoclear.BITMAPS not in header.autoclear:
+            return None
+        for bitmap in read_bitmaps(storage, header):
+            if BitmapFlags.IN_USE in bitmap.flags:
+                continue
+            bits = load_bits(storage, header, bitmap.name)
+            assert bits is not None
+            granules = changed * SECTOR >> bits.granularity_bits
+            missed = changed[bits.packed[granules >> 3] >> (granules & 7) & 1 == 0]
+            if len(missed):
+                return Finding(Fault.LOST, f"bitmap {bitmap.name} is believed, but misses sectors {missed[:8]}")
+    return None

@@ -1,0 +1,47 @@
+"""Power cuts: after one at any moment the disk opens, is sound, and holds what was flushed and nothing foreign.
+
+``python -m tests.crash`` does the same for as many states as one likes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.engine import believed_bitmaps, open_engine, own_check
+from tests.crash.explore import Explorer, scratch
+from tests.crash.mutants import MUTANTS, Mutant
+from tests.crash.workloads import WORKLOADS, Workload, by_name
+from tests.support.tools import requires
+
+pytestmark = requires("qemu-img", "qemu-io")
+
+_STATES = 100
+_STATES_FOR_A_MUTANT = 2000
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with scratch() as path:
+        yield path
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+def test_a_power_cut_loses_nothing_that_was_flushed_and_shows_nothing_foreign(
+    workload: Workload, directory: Path
+) -> None:
+    explorer = Explorer(directory, open_engine, judges=(own_check,), bitmap_judge=believed_bitmaps)
+    explorer.run(workload, 1, states=_STATES, recoveries=1, repairs=1)
+    assert not explorer.figures.failures, str(explorer.figures.failures[0])
+    assert explorer.figures.states >= _STATES * 0.8
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(mutant, id=name) for name, mutant in MUTANTS.items()])
+def test_an_engine_without_a_barrier_is_found_out(mutant: Mutant, directory: Path) -> None:
+    explorer = Explorer(directory, open_engine, stop_at_failure=True)
+    with mutant.installed():
+        for seed in range(1, 6):
+            left = _STATES_FOR_A_MUTANT - explorer.figures.states
+            if left > 0 and not explorer.is_over:
+                explorer.run(by_name()[mutant.workload], seed, states=min(left, 500), recoveries=0, repairs=0)
+    assert explorer.figures.failures, f"nobody noticed in {explorer.figures.states} states: {mutant.barrier}"
