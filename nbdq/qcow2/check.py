@@ -59,6 +59,15 @@ class Audit:
     cluster_count: int
     """Host clusters of the file, and one more if a reference reaches into it."""
 
+    metadata: NDArray[np.int64]
+    """First and last cluster of everything that only one thing may reference, but refcount blocks; ascending."""
+
+    def is_metadata(self, clusters: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of ``clusters`` are metadata other than L2 tables."""
+        before = np.searchsorted(self.metadata[:, 0], clusters, "right")
+        furthest = np.maximum.accumulate(np.concatenate([[-1], self.metadata[:, 1]]))
+        return np.asarray((furthest[before] >= clusters) | self.stored.are_blocks(clusters), dtype=np.bool_)
+
     @property
     def active_l1(self) -> L1Table:
         return self.l1_tables[0]
@@ -137,6 +146,7 @@ class _Auditor:
             snapshots,
             header.refcount_order,
             cluster_count,
+            np.array(sorted(area[:2] for area in self._metadata), dtype=np.int64).reshape(-1, 2),
         )
 
     def _count_area(self, offset: int, length: int, name: str) -> None:
@@ -144,7 +154,7 @@ class _Auditor:
         if length <= 0:
             return
         if offset + length - self._size >= self._header.cluster_size:
-            self._result.corrupt(f"{name} at {offset:#x} is past the end of the file")
+            self._result.past_end_each(1, [f"{name} at {offset:#x}"])
             return
         first, last = offset >> self._bits, offset + length - 1 >> self._bits
         self._counts.add_run(first, last)
@@ -181,7 +191,7 @@ class _Auditor:
                 names.setdefault(place, f"{name}: ")
         for (offset, size), weight in tables.items():
             if offset + size * 8 - self._size >= self._header.cluster_size:
-                self._result.corrupt(f"{names[offset, size]}the L1 table at {offset:#x} is past the end", weight)
+                self._result.past_end_each(weight, [f"{names[offset, size]}the L1 table at {offset:#x}"] * weight)
             else:
                 yield L1Table(offset, size, names[offset, size], active=False, weight=weight)
 
@@ -219,8 +229,8 @@ class _Auditor:
             result.corrupt_each(int(wrong.sum()) * weight, texts)
             used = places_of[~wrong & (places_of != 0)]
             outside = used >= self._size
-            texts = (f"bitmap data at {int(place):#x} is past the end of the file" for place in used[outside])
-            result.corrupt_each(int(outside.sum()) * weight, texts)
+            texts = (f"bitmap data at {int(place):#x}" for place in used[outside])
+            result.past_end_each(int(outside.sum()) * weight, texts)
             clusters = used[~outside] >> self._bits
             self._counts.add(clusters, np.full(len(clusters), weight, dtype=np.int64))
 
@@ -277,6 +287,8 @@ class _Auditor:
                 result.fail(f"the refcounts of {unknown} clusters from cluster {first} on cannot be read", unknown)
         for number in sorted({*stored.pages(), *self._counts.pages()}):
             refcounts, references = stored.page(number).astype(np.uint64), self._counts.page(number)
+            if result.cut_off:
+                refcounts[max(cluster_count - number * PAGE, 0) :] = 0
             used = np.flatnonzero(refcounts | references)
             if used.size:
                 highest = number * PAGE + int(used[-1])

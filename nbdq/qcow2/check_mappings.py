@@ -252,9 +252,8 @@ class MappingAudit:
         ends = offsets + lengths
         outside = ends >= self._limit
         if outside.any():
-            texts = (f"{what} at {int(offset):#x} is past the end of the file" for offset in offsets[outside])
-            count = int(outside.sum()) if weights is None else int(weights[outside].sum())
-            self._result.corrupt_each(count, texts)
+            texts = (f"{what} at {int(offset):#x}" for offset in offsets[outside])
+            self._result.past_end_each(int(outside.sum()) if weights is None else int(weights[outside].sum()), texts)
             offsets, ends = offsets[~outside], ends[~outside]
             weights = None if weights is None else weights[~outside]
         first = offsets >> self._bits

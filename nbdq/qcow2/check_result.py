@@ -28,6 +28,8 @@ class CheckResult:
     """Where the last host cluster that is referenced or has a refcount ends, in bytes of the file."""
     rebuild_needed: bool = False
     """The refcount structures cannot be mended in place."""
+    cut_off: bool = False
+    """Something points past the end of the file: what the refcounts there say may well be right."""
     incomplete: bool = False
     """Some references could not be counted: what looks leaked may be in use."""
     findings: list[str] = field(default_factory=list)
@@ -55,6 +57,12 @@ class CheckResult:
         if count:
             self.leaks += count
             self._note_each(count, texts)
+
+    def past_end_each(self, count: int, texts: Iterable[str]) -> None:
+        """Note ``count`` corruptions that are references to places past the end of the file."""
+        if count:
+            self.cut_off = True
+            self.corrupt_each(count, (f"{text} is past the end of the file" for text in texts))
 
     def fail(self, text: str, count: int = 1) -> None:
         """Note something that could not be checked."""

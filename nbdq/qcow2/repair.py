@@ -120,6 +120,9 @@ def _mend_refcounts(storage: FileStorage, audit: Audit, what: Repair) -> None:
     for number in sorted({*audit.stored.pages(), *audit.counts.pages()}):
         stored = audit.stored.page(number).astype(np.uint64)
         wanted = np.minimum(audit.counts.page(number), most)
+        if audit.result.cut_off:
+            past_end = max(audit.cluster_count - number * PAGE, 0)
+            wanted[past_end:] = stored[past_end:]
         if what is Repair.LEAKS:
             wanted = np.minimum(wanted, stored)
         if not np.array_equal(stored, wanted):
@@ -187,14 +190,14 @@ def _write_entries(
 ) -> bool:
     """Write new first words of the entries at ``places`` of a batch, whole stretches of a table at once.
 
-    A table that is not at a cluster, or in one that is anything else, too, is left alone: writing could spoil more.
+    A table that is not at a cluster, or in one with other metadata, is left alone: writing could spoil more.
     """
     if not places.size:
         return False
     row = batch.row(places)
     offsets = audit.l2_tables.offsets[rows]
-    counted = audit.counts.of(offsets >> audit.geometry.cluster_bits)
-    sound = (offsets & (audit.geometry.cluster_size - 1) == 0) & (counted == audit.l2_tables.references[rows])
+    sound = offsets & (audit.geometry.cluster_size - 1) == 0
+    sound &= ~audit.is_metadata(offsets >> audit.geometry.cluster_bits)
     places, values, row = places[sound[row]], values[sound[row]], row[sound[row]]
     column = batch.index(places) % audit.geometry.l2_count * (audit.geometry.entry_size // 8)
     words[row, column] = values
@@ -217,6 +220,9 @@ def _mended_snapshots(header: Header, audit: Audit) -> tuple[SnapshotRecord, ...
 def _rebuild_refcounts(storage: FileStorage, header: Header, snapshots: tuple[SnapshotRecord, ...] | None) -> Header:
     """Write refcount table and blocks anew behind everything, and the snapshot table too, then switch to them."""
     audit = audit_image(storage, header, count_refcounts=False)
+    if audit.result.cut_off:  # it may come back; until then its place must not be taken
+        what = "the refcounts need a rebuild, for which there is no place: entries point past the end of the file"
+        raise CorruptImage(storage.path, what, "restore the image from a copy")
     counts, bits = audit.counts, header.cluster_bits
     packed = b"" if snapshots is None else pack_snapshot_table(snapshots)
     snapshot_clusters = -(-len(packed) >> bits)

@@ -45,6 +45,10 @@ class StoredRefcounts:
         """The last host cluster with a refcount block in it; -1 if there is none."""
         return int(self._offsets.max(initial=-1)) // self._cluster_size
 
+    def are_blocks(self, clusters: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of ``clusters`` hold a refcount block."""
+        return np.asarray(np.isin(clusters, self._offsets[self._offsets != 0] // self._cluster_size), dtype=np.bool_)
+
     def pages(self) -> Iterator[int]:
         """The numbers of all pages, of ``reference_counts.PAGE`` clusters, that may have refcounts; ascending."""
         last = -1
