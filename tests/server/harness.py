@@ -41,7 +41,7 @@ T = TypeVar("T")
 class MemoryDisk:
     """A read-only block device over ``content``, all data, whose requests a test can delay or fail."""
 
-    def __init__(self, content: bytes, *, cached: bool = True) -> None:
+    def __init__(self, content: bytes | bytearray, *, cached: bool = True) -> None:
         """``cached``: answer on the loop thread; otherwise every request goes to the pool."""
         self.content = memoryview(content)
         self.size = len(content)
@@ -115,6 +115,61 @@ class MemoryDisk:
         assert self._open.wait(PATIENCE)
         if offset in self.failing:
             raise OSError(errno.EIO, "bad sector")
+
+
+class WritableDisk(MemoryDisk):
+    """A disk in memory that can be changed, and knows what of it would survive a power cut."""
+
+    def __init__(self, content: bytes, *, cached: bool = True) -> None:
+        super().__init__(bytearray(content), cached=cached)
+        self.durable = bytes(content)
+        """What the last flush that succeeded has saved."""
+        self.changes: list[tuple[str, int, int]] = []
+        """Name, offset and length of every change, in order; those on the loop thread are "write_cached"."""
+        self.flushes = 0
+        """How many have begun."""
+        self.errors: dict[str, int] = {}
+        """Name of a method → errno that it fails with."""
+        self.unmapped: list[bool] = []
+        """Whether each :meth:`zero` was asked to unmap."""
+
+    def write_cached(self, offset: int, view: memoryview) -> bool:
+        if not self.cached:
+            return False
+        self._fail("write_cached")
+        self._change("write_cached", offset, view)
+        return True
+
+    def write(self, offset: int, view: memoryview) -> None:
+        self._pass(offset)
+        self._fail("write")
+        self._change("write", offset, view)
+
+    def zero(self, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
+        self._pass(offset)
+        self._fail("fast zero" if fast else "zero")
+        self.unmapped.append(unmap)
+        self._change("zero", offset, memoryview(bytes(length)))
+
+    def discard(self, offset: int, length: int) -> None:
+        self._pass(offset)
+        self._fail("discard")
+        self._change("discard", offset, memoryview(bytes(length)))
+
+    def flush(self) -> None:
+        self.flushes += 1
+        saved = bytes(self.content)  # what comes while it runs is not covered
+        self._pass(0)
+        self._fail("flush")
+        self.durable = saved
+
+    def _change(self, name: str, offset: int, view: memoryview) -> None:
+        self.content[offset : offset + len(view)] = view
+        self.changes.append((name, offset, len(view)))
+
+    def _fail(self, name: str) -> None:
+        if name in self.errors:
+            raise OSError(self.errors[name], os.strerror(self.errors[name]), "/secret/path")
 
 
 class ZeroDisk(MemoryDisk):
