@@ -78,8 +78,8 @@ RESERVED: dict[str, set[str]] = {
     },
     "fcntl": {"nbdq.locks", "nbdq.storage"},
     # Who deals with files deals with paths; nobody else does. A server owns the files of its sockets.
-    "os": {"nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", *SHELL},
-    "stat": {"nbdq.storage", "nbdq.chain.policy", *SHELL},
+    "os": {"nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", "nbdq.chain.create", *SHELL},
+    "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", *SHELL},
     "io": {"nbdq.cli"},
     "mmap": set(),  # a truncated image would kill the server with SIGBUS
     "pathlib": {"nbdq.cli"},

@@ -23,6 +23,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 #: Command → its module below this package and the name of its click command there.
 _COMMANDS = {
     "check": ("check", "check_command"),
+    "create": ("create", "create_command"),
     "info": ("info", "info_command"),
     "map": ("map", "map_command"),
     "serve": ("serve", "serve_command"),
