@@ -127,14 +127,6 @@ class BlockDevice(Protocol):
         """
         ...
 
-    def reads_zero(self, offset: int, length: int) -> bool:
-        """Whether metadata alone says that the range reads as zeros; False is no promise of the contrary.
-
-        Raises:
-            OSError: a table cannot be read.
-        """
-        ...
-
     def status_cached(self, offset: int, length: int) -> bool:
         """Whether :meth:`status` can answer for the range from memory."""
         ...
@@ -148,6 +140,31 @@ class BlockDevice(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class LowerDisk(Protocol):
+    """What an image needs of the disk that shows through where it holds nothing. That disk does not change."""
+
+    @property
+    def size(self) -> int:
+        """Bytes; behind it there are zeros."""
+        ...
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``, as :meth:`BlockDevice.read_into`."""
+        ...
+
+    def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether metadata alone says that the range reads as zeros; False is no promise of the contrary.
+
+        Raises:
+            OSError: a table cannot be read.
+        """
+        ...
+
+    def reads_zero_cached(self, offset: int, length: int) -> bool:
+        """The same without ever waiting: False also if it is not known."""
+        ...
 
 
 class WritableBlockDevice(BlockDevice, Protocol):

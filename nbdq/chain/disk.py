@@ -220,9 +220,19 @@ class ChainDisk:
         Raises:
             OSError: a table cannot be read.
         """
-        end = offset + length
+        return self._reads_zero(offset, offset + length, self._index.window)
+
+    def reads_zero_cached(self, offset: int, length: int) -> bool:
+        """The same without ever waiting: False also if it is not known."""
+        return self._reads_zero(
+            offset, offset + length, lambda position: self._windows.get(position >> self._window_bits)
+        )
+
+    def _reads_zero(self, offset: int, end: int, window_at: Callable[[int], Window | None]) -> bool:
         while offset < end:
-            window = self._index.window(offset)
+            window = window_at(offset)
+            if window is None:
+                return False
             run = window.find(offset)
             while offset < end and run < len(window.kinds):
                 if window.kinds[run] not in _READS_ZERO:

@@ -37,7 +37,8 @@ class OverlayDisk:
         self.top = top
         self.size = top.size
         self.layer_count = 1 + (len(below.layers) if below is not None else 0)
-        self._below = below
+        self.below = below
+        """Everything under the top; None if there is nothing."""
         self._below_size = min(below.size, top.size) if below is not None else 0
         self._clusters = clusters
         self._reads = GuestReads(top, self._inflate)
@@ -136,8 +137,8 @@ class OverlayDisk:
     def _read_below_cached(self, offset: int, view: memoryview) -> bool:
         count = max(0, min(len(view), self._below_size - offset))
         if count:
-            assert self._below is not None
-            if not self._below.read_cached(offset, view[:count]):
+            assert self.below is not None
+            if not self.below.read_cached(offset, view[:count]):
                 return False
         if count < len(view):
             view[count:] = bytes(len(view) - count)
@@ -162,9 +163,9 @@ class OverlayDisk:
                 stop = self._same_until(offset, end, kind, host)
                 count = stop - offset
                 if kind == Kind.UNALLOCATED and offset < self._below_size:
-                    assert self._below is not None
+                    assert self.below is not None
                     count = min(count, self._below_size - offset)
-                    parts = self._below.gather_cached(offset, count)
+                    parts = self.below.gather_cached(offset, count)
                     if parts is None:
                         return None
                     pieces += parts
@@ -197,7 +198,7 @@ class OverlayDisk:
         return end
 
     def write_cached(self, offset: int, view: memoryview) -> bool:
-        """Write ``view`` over clusters that the top owns; False if anything would have to be allocated or copied.
+        """Write ``view`` if the page cache and tables in memory are enough for that.
 
         Raises:
             OSError: the write failed.
@@ -213,7 +214,7 @@ class OverlayDisk:
             index = offset >> self._bits & self._l2_mask
             host = self._writes.in_place(table, index, start=start, end=min(start + length, self._cluster_size))
             if host < 0:
-                return False
+                return self._writes.write_new_at_once(offset, view, self._read_below_cached)
             done = self._cluster_size - start
             while done < length:  # one write, if the clusters are neighbours
                 index += 1
@@ -254,14 +255,6 @@ class OverlayDisk:
         view = memoryview(bytearray(length))
         self._reads.read_into(offset, view)
         return [view]
-
-    def reads_zero(self, offset: int, length: int) -> bool:
-        """Whether metadata alone says that the range reads as zeros.
-
-        Raises:
-            OSError: a table cannot be read.
-        """
-        return self._reads.reads_zero(offset, length)
 
     def write(self, offset: int, view: memoryview) -> None:
         """Write ``view``; see :class:`~nbdq.block.WritableBlockDevice`."""
@@ -316,9 +309,9 @@ class OverlayDisk:
 
     def _fill_from_below(self, runs: Runs, start: int, end: int) -> Runs:
         """What the top does not decide is decided below, as far as that reaches; behind it there is nothing (S1)."""
-        assert self._below is not None
+        assert self.below is not None
         stop = min(end, self._below_size)
-        parts = [part for part, _ in self._below.runs(start, stop - start)]
+        parts = [part for part, _ in self.below.runs(start, stop - start)]
         if stop < end:
             nothing = np.zeros(1, np.uint8)
             parts.append(Runs(np.array([stop], np.uint64), nothing, np.zeros(1, np.uint16), nothing.astype(np.uint64)))
@@ -340,8 +333,8 @@ class OverlayDisk:
             if kind == Kind.DATA:
                 self.top.data.prefetch(host, end - start)
             elif kind <= Kind.UNALLOCATED_OFFSET and start < self._below_size:
-                assert self._below is not None
-                self._below.prefetch(start, min(end, self._below_size) - start)
+                assert self.below is not None
+                self.below.prefetch(start, min(end, self._below_size) - start)
 
     def close(self) -> None:
         """Flush, and close every layer. No call may be in progress.
@@ -352,5 +345,5 @@ class OverlayDisk:
         try:
             self.top.close()
         finally:
-            if self._below is not None:
-                self._below.close()
+            if self.below is not None:
+                self.below.close()

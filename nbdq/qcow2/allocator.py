@@ -83,6 +83,14 @@ class Allocator:
             self._free[-1] = Run(first + run.clusters, available - run.clusters)
         return run
 
+    def allocate_at_once(self, count: int) -> Run | None:
+        """Take ``count`` neighbouring clusters if they are at hand; None if anything would have to be looked for.
+
+        Raises:
+            BrokenRefcounts: as :meth:`allocate`.
+        """
+        return self.allocate(count) if self._free and self._free[-1].clusters >= count else None
+
     def allocate_neighbours(self, count: int) -> Run:
         """Take exactly ``count`` neighbouring clusters.
 

@@ -6,12 +6,14 @@ together with what has to be copied around it; under the lock, the entries are *
 until then, and a write that fails leaves no trace but free clusters (A7, A8).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from nbdq.qcow2.allocator import Run, TableFull
 from nbdq.qcow2.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, SUBCLUSTERS
 from nbdq.qcow2.guest_reads import GuestReads
 from nbdq.qcow2.mapping import L2Table
+from nbdq.qcow2.refcounts import BrokenRefcounts
 from nbdq.qcow2.writable import WritableImage
 
 #: Clusters that one part takes at most: what others have to wait for.
@@ -79,6 +81,81 @@ class GuestWrites:
                 offset += count
                 view = view[count:]
         image.relieve()
+
+    def write_new_at_once(self, offset: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
+        """Write to new clusters if nothing has to be waited for, not even the lock; False, and nothing done, if not.
+
+        ``read_below`` fills a view without waiting, or says that it cannot. The lock is held meanwhile: what is written
+        here goes no further than the page cache.
+
+        Raises:
+            OSError: as :meth:`write`.
+        """
+        image = self._image
+        if self._extended or self._data_file or not image.lock.acquire(blocking=False):
+            return False
+        try:
+            return self._write_new_locked(offset, view, read_below)
+        except BrokenRefcounts as error:
+            raise image.corruption(str(error)) from error
+        finally:
+            image.lock.release()
+
+    def _write_new_locked(self, offset: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
+        image = self._image
+        first, end = offset >> self._bits, offset + len(view)
+        count = (end - 1 >> self._bits) - first + 1
+        l1_index, index = divmod(first, self._l2_count)
+        table = image.mapping.tables.get(l1_index)
+        if table is None or not table.is_own or image.is_corrupt or image.is_pressed or index + count > self._l2_count:
+            return False
+        entries = [table.words[index + number] for number in range(count)]
+        if any(entry & ~READS_ZERO for entry in entries):  # something is there, to be freed or copied
+            return False
+        if image.in_flight and any(first + number in image.in_flight for number in range(count)):
+            return False
+        run = image.allocator.allocate_at_once(count)
+        if run is None:
+            return False
+        new = _New(first, count, run.first << self._bits, run, is_unwritten=run.is_fresh)
+        try:
+            buffers = [view]
+            position = new.host + offset - (first << self._bits)
+            around = (
+                self._old_at_once(entries[0], first << self._bits, offset, new, read_below),
+                self._old_at_once(entries[-1], end, first + count << self._bits, new, read_below),
+            )
+            if around[0] is None or around[1] is None:
+                image.allocator.undo(run)
+                return False
+            head, tail = around
+            if head:
+                buffers.insert(0, head)
+                position -= len(head)
+            if tail:
+                buffers.append(tail)
+            if image.bitmaps is not None:
+                image.bitmaps.mark(offset, len(view))
+            image.data.write_vector(position, buffers)
+        except BaseException:
+            image.allocator.undo(run)
+            raise
+        for number in range(count):
+            table.words[index + number] = new.host + (number << self._bits) | COPIED
+        image.mapping.changed(l1_index, index, count)
+        image.published = True
+        return True
+
+    def _old_at_once(
+        self, entry: int, start: int, end: int, part: _New, read_below: Callable[[int, memoryview], bool]
+    ) -> memoryview | None:
+        """As :meth:`_old`, empty for nothing; None if that cannot be told without waiting."""
+        below = self._image.below
+        stop = 0 if below is None or entry else min(end, below.size)
+        if start >= stop or (below is not None and below.reads_zero_cached(start, stop - start)):
+            return _ZEROS[:0] if part.is_unwritten else _ZEROS[: end - start]
+        data = memoryview(bytearray(end - start))
+        return data if read_below(start, data[: stop - start]) else None
 
     def in_place(self, table: L2Table, index: int, *, start: int, end: int) -> int:
         """Host offset of a cluster whose bytes ``[start, end)`` may be overwritten where they are; else -1."""

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdq.block import BlockDevice
+from nbdq.block import LowerDisk
 from nbdq.errors import CorruptImage
 from nbdq.qcow2.allocator import Allocator, Run, TableFull
 from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK, Geometry
@@ -64,7 +64,7 @@ class WritableImage:
         header: Header,
         *,
         data: FileStorage | None = None,
-        below: BlockDevice | None = None,
+        below: LowerDisk | None = None,
         punch: bool = True,
         on_event: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -203,13 +203,18 @@ class WritableImage:
         if first and not inside and (entry & COPIED or self.refcounts.get(first) > 1):
             self.allocator.free(first)
 
+    @property
+    def is_pressed(self) -> bool:
+        """Whether so much waits for a flush that there has to be one."""
+        return self.allocator.freed_bytes > _FREED_BUDGET or self.mapping.dirty_bytes > _DIRTY_BUDGET
+
     def relieve(self) -> None:
         """Flush if too much waits for it. Without the lock.
 
         Raises:
             OSError: as :meth:`flush`.
         """
-        if self.allocator.freed_bytes > _FREED_BUDGET or self.mapping.dirty_bytes > _DIRTY_BUDGET:
+        if self.is_pressed:
             self.flush()
 
     # Durability.
