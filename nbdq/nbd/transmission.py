@@ -240,19 +240,13 @@ class Transmission:
         self._head = _NO_PAYLOAD
         self.wanted = 0
 
-    def settle(self) -> int:
-        """Copy out what lies in the receive buffer, because others may use that now; how many bytes these were."""
-        copied = 0
+    def settle(self) -> None:
+        """Copy out what lies in the receive buffer, for others may use that now; at most its size, and only once."""
         for _ in range(len(self.payloads)):
             payload = self.payloads.popleft()
-            if payload.obj is self._buffer:
-                payload = memoryview(bytes(payload))
-                copied += len(payload)
-            self.payloads.append(payload)
+            self.payloads.append(memoryview(bytes(payload)) if payload.obj is self._buffer else payload)
         if self._head.obj is self._buffer:
             self._head = memoryview(bytes(self._head))
-            copied += len(self._head)
-        return copied
 
     @property
     def missing(self) -> int:

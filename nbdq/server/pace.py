@@ -28,11 +28,13 @@ class Pace:
         """From this moment on writes are carried out on the loop thread."""
         self._pause = _FIRST_PAUSE
 
-    def inline_was_slow(self, now: float) -> None:
-        """Loop thread: a batch with writes has taken more than BATCH_SECONDS."""
+    def inline_was_slow(self, now: float) -> int:
+        """Loop thread: a batch with writes has taken more than BATCH_SECONDS. Returns 0, the bytes that a write may
+        have from now on to be carried out there."""
         recently = now - self.inline_from < _MEMORY and self.inline_from
         self._pause = min(self._pause * 2, _LONGEST_PAUSE) if recently else _FIRST_PAUSE
         self.inline_from = now + self._pause
+        return 0
 
     def pooled(self, begun: float, now: float) -> None:
         """Any thread: the pool has carried out a write. Two threads at once may lose the shorter pause, no more."""

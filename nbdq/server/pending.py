@@ -1,8 +1,8 @@
 """The requests of one client that wait, for the pool or for a flush, and the memory that they and their replies hold.
 
 Memory is reserved before it is allocated (R-70): for each request what it and its reply can hold at most, for a large
-payload as soon as its length is known. What a client has when it must have it, because its bytes have been received
-already or because it is guaranteed a little, may overdraw the budget of the process.
+payload as soon as its length is known. Not counted is what had been received already when a client had to wait: that is
+never more than one receive buffer, and if it were counted, those who wait could be what all wait for.
 """
 
 import logging
@@ -61,7 +61,6 @@ class Pending:
         self._abandoned = False
         self._reserved = 0  # bytes taken from the budget for requests and replies …
         self._answered = 0  # … of which these are in the output, and are given back when it is empty
-        self._settled = 0  # bytes that had to be copied out of the receive buffer; reserved apart
 
     # Memory.
 
@@ -77,17 +76,6 @@ class Pending:
         """The request with that payload was answered at once."""
         self._answered += self.payload
         self.payload = 0
-
-    def settled(self, count: int) -> None:
-        """So many received bytes have been copied."""
-        self._settled += count
-        self._resources.budget.take(count, self._on_memory, overdraw=True)
-
-    def unsettled(self) -> None:
-        """Nothing of what was copied is needed any more."""
-        if self._settled:
-            count, self._settled = self._settled, 0
-            self._resources.budget.give(count)
 
     def output_is_empty(self) -> None:
         """All replies that were taken have left."""
@@ -218,7 +206,6 @@ class Pending:
         """Nobody wants replies any more. What the pool has begun goes on; its memory is given back when it ends."""
         self._abandoned = True
         self._resources.budget.forget(self._on_memory)
-        self.unsettled()
         self.payload_done()
         self._answered += sum(self._performer.charge(request) for request, _ in self._admitted)
         self._admitted = []

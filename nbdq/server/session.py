@@ -264,13 +264,10 @@ class Session:
                     self._end(self._stopping)
                 return
             if self._provide_memory():
-                self._pending.unsettled()
                 self._resume_reading()
                 return
         self._pause_reading()
-        copied = self._transmission.settle()
-        if copied:
-            self._pending.settled(copied)
+        self._transmission.settle()
 
     def _serve_batch(self) -> bool:
         """Fill one arena with replies and send it; False when the backlog must wait for the pool or the budgets."""
@@ -333,10 +330,8 @@ class Session:
                         payloads.popleft()
                         if pending.payload:
                             self._payload_done()
-                        now = monotonic()
-                        if now - begun > BATCH_SECONDS:
-                            pace.inline_was_slow(now)
-                            inline = 0
+                        if monotonic() - begun > BATCH_SECONDS:
+                            inline = pace.inline_was_slow(monotonic())
                         continue
             if reply is None:
                 reply = self._answer(request)
@@ -355,6 +350,8 @@ class Session:
             backlog.popleft()
             if is_write:
                 payloads.popleft()
+                if inline and monotonic() - begun > BATCH_SECONDS:  # with FUA, it may have been carried out here too
+                    inline = pace.inline_was_slow(monotonic())
         if position > queued:
             output.append(view[queued:position])
         pending.submit()
