@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from nbdq.errors import CorruptImage
 from nbdq.qcow2.check_result import CheckResult
 from nbdq.qcow2.entries import Geometry
-from nbdq.qcow2.fields import MAX_L1_TABLE
 from nbdq.qcow2.reference_counts import ReferenceCounts
 from nbdq.qcow2.sparse_tables import lies_in_data, read_tables, refuse_overlaps
 from nbdq.qcow2.stored_refcounts import StoredRefcounts
@@ -28,8 +27,11 @@ _L2_RESERVED = np.uint64(0x3F00_0000_0000_01FE)
 _ALLOCATED = np.uint64(0xFFFF_FFFF)
 _HIGH = np.uint64(32)
 
-#: Distinct L2 tables of one image: as many as the largest L1 table can name.
-_MAX_L2_TABLES = MAX_L1_TABLE // 8
+#: Entries of an L1 table that are looked at together.
+L1_PIECE = 1 << 18
+
+#: Distinct L2 tables that an image may have whatever space it occupies; with it, four for each cluster.
+_SPARSE_TABLES = 1 << 20
 
 _Flags = NDArray[np.bool_]
 _Words = NDArray[np.uint64]
@@ -75,6 +77,8 @@ class MappingAudit:
         self._counts = counts
         self._limit = limit
         self._bits = np.int64(geometry.cluster_bits)
+        occupied = storage.size() if storage.is_block_device else storage.allocated_size()
+        self._most_tables = _SPARSE_TABLES + (4 * occupied >> geometry.cluster_bits)
 
     def read_l1_tables(self, tables: list[L1Table]) -> L2Tables:
         """Judge and count what the L1 tables say, and gather the L2 tables.
@@ -86,25 +90,24 @@ class MappingAudit:
         offsets = np.array([table.offset for table in tables], dtype=np.int64)
         sizes = np.array([table.size * 8 for table in tables], dtype=np.int64)
         refuse_overlaps(self._storage.path, "L1 tables", offsets, sizes)
-        found = [np.zeros((4, 0), dtype=np.int64)]
-        waiting = 0
+        merged = np.zeros((4, 0), dtype=np.int64)
+        waiting: list[NDArray[np.int64]] = []
         for table in tables:
-            part = self._read_l1(table)
-            found.append(part)
-            waiting += part.shape[1]
-            if waiting > _MAX_L2_TABLES // 8:
-                found = [self._merge(found)]
-                waiting = 0
-        merged = self._merge(found)
+            for begin in range(0, table.size, L1_PIECE):
+                waiting.append(self._read_l1(table, begin, min(L1_PIECE, table.size - begin)))
+                if sum(part.shape[1] for part in waiting) >= L1_PIECE:
+                    merged = self._merge([merged, *waiting])
+                    waiting.clear()
+        merged = self._merge([merged, *waiting])
         tables_found = L2Tables(merged[0], merged[1], merged[2], merged[3])
         cluster_size = self._geometry.cluster_size
         weights = None if (tables_found.references == 1).all() else tables_found.references
         self._count(tables_found.offsets, cluster_size, weights, "L2 table")
         return tables_found
 
-    def _read_l1(self, table: L1Table) -> NDArray[np.int64]:
+    def _read_l1(self, table: L1Table, begin: int, count: int) -> NDArray[np.int64]:
         """Columns of offset, references, active references, guest offset; one for each entry with a table."""
-        data = self._storage.read(table.offset, table.size * 8)
+        data = self._storage.read(table.offset + begin * 8, count * 8)
         entries = np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8")
         index = np.flatnonzero(entries)
         entry = entries[index].astype(np.uint64)
@@ -112,7 +115,7 @@ class MappingAudit:
 
         def note(wrong: _Flags, what: str) -> None:
             places = np.flatnonzero(wrong).tolist()
-            texts = (f"{table.owner}L1 entry {index[i]} is {int(entry[i]):#x}: {what}" for i in places)
+            texts = (f"{table.owner}L1 entry {begin + index[i]} is {int(entry[i]):#x}: {what}" for i in places)
             self._result.corrupt_each(len(places) * table.weight, texts)
 
         empty = offset == 0
@@ -124,15 +127,15 @@ class MappingAudit:
         columns[0] = offset[kept]
         columns[1] = table.weight
         columns[2] = int(table.active)
-        columns[3] = index[kept] * self._geometry.l2_coverage if table.active else -1
+        columns[3] = (index[kept] + begin) * self._geometry.l2_coverage if table.active else -1
         return columns
 
     def _merge(self, parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
         columns = np.concatenate(parts, axis=1)
         columns = columns[:, np.argsort(columns[0], kind="stable")]
         starts = np.flatnonzero(np.diff(columns[0], prepend=-1))
-        if len(starts) > _MAX_L2_TABLES:
-            what = f"L1 tables name {len(starts)} L2 tables, more than {_MAX_L2_TABLES}"
+        if len(starts) > self._most_tables:
+            what = f"L1 tables name {len(starts)} L2 tables or more, which a file of this size cannot hold"
             raise CorruptImage(self._storage.path, what, "restore the image from a copy")
         if len(starts) == columns.shape[1]:
             return columns
@@ -365,9 +368,8 @@ def copied_mismatches_l1(
     storage: FileStorage, table: L1Table, refcounts: StoredRefcounts | ReferenceCounts, cluster_bits: int
 ) -> Iterator[tuple[_Offsets, _Words, _Words]]:
     """Indices, entries and refcounts where COPIED of an active L1 table is wrong (Q37); in pieces."""
-    step = 1 << 18
-    for begin in range(0, table.size, step):
-        data = storage.read(table.offset + begin * 8, min(step, table.size - begin) * 8)
+    for begin in range(0, table.size, L1_PIECE):
+        data = storage.read(table.offset + begin * 8, min(L1_PIECE, table.size - begin) * 8)
         entries = np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
         index = np.flatnonzero(entries & OFFSET_MASK)
         clusters = (entries[index] & OFFSET_MASK).astype(np.int64) >> cluster_bits

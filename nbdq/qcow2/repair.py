@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from nbdq.errors import CorruptImage
 from nbdq.qcow2.check import Audit, audit_image, check_image
-from nbdq.qcow2.check_mappings import COPIED, OFFSET_MASK, ZERO, L2Batch, copied_mismatches_l1
+from nbdq.qcow2.check_mappings import COPIED, L1_PIECE, OFFSET_MASK, ZERO, L1Table, L2Batch, copied_mismatches_l1
 from nbdq.qcow2.check_result import CheckResult
 from nbdq.qcow2.damaged_header import TABLES, TABLES_OFFSET, read_header_to_check
 from nbdq.qcow2.features import Autoclear, Incompatible
@@ -135,8 +135,7 @@ def _mend_copied(storage: FileStorage, audit: Audit) -> None:
     table, bits = audit.active_l1, audit.geometry.cluster_bits
     for index, entry, refcount in copied_mismatches_l1(storage, table, audit.stored, bits):
         right = _without_overflow(audit, (entry & OFFSET_MASK).astype(np.int64) >> bits, refcount)
-        for place, value in zip(index[right].tolist(), (entry ^ COPIED)[right].tolist(), strict=True):
-            storage.write(table.offset + place * 8, value.to_bytes(8, "big"))
+        _write_l1_entries(storage, table, index[right], entry[right] ^ COPIED)
     for rows, words in audit.mappings.batches(audit.l2_tables):
         batch = L2Batch(words, audit.l2_tables, rows, audit.geometry)
         places, refcount = batch.copied_mismatches(audit.stored)
@@ -171,12 +170,26 @@ def _mend_entries(storage: FileStorage, header: Header, audit: Audit) -> bool:
             cleared = np.full(len(places), ZERO)
         changed |= _write_entries(storage, audit, rows, words, batch, places, cleared)
     for table in audit.l1_tables:
-        data = storage.read(table.offset, table.size * 8)
-        entries = np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
-        for index in np.flatnonzero((entries != 0) & (entries & OFFSET_MASK == 0)).tolist():
-            storage.write(table.offset + index * 8, bytes(8))
-            changed = True
+        for begin in range(0, table.size, L1_PIECE):
+            data = storage.read(table.offset + begin * 8, min(L1_PIECE, table.size - begin) * 8)
+            entries = np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
+            empty = np.flatnonzero((entries != 0) & (entries & OFFSET_MASK == 0))
+            _write_l1_entries(storage, table, empty + begin, np.zeros(len(empty), dtype=np.uint64))
+            changed |= bool(empty.size)
     return changed
+
+
+def _write_l1_entries(
+    storage: FileStorage, table: L1Table, index: NDArray[np.int64], values: NDArray[np.uint64]
+) -> None:
+    """Write new entries, whose ascending indices are at most ``L1_PIECE`` apart, and what is between them again."""
+    if not index.size:
+        return
+    first, last = int(index[0]), int(index[-1])
+    data = storage.read(table.offset + first * 8, (last + 1 - first) * 8)
+    entries = np.frombuffer(data, dtype=">u8").copy()
+    entries[index - first] = values
+    storage.write(table.offset + first * 8, entries.tobytes())
 
 
 def _write_entries(
