@@ -64,10 +64,6 @@ class RawDisk:
             return None
         return [FilePiece(self._storage, offset, length)]
 
-    def reads_zero(self, offset: int, length: int) -> bool:
-        """Whether the range is a hole, and so reads as zeros; False is no promise of the contrary."""
-        return not any(is_data for _, _, is_data in self._storage.data_ranges(offset, offset + length))
-
     def status_cached(self, offset: int, length: int) -> bool:
         """False: only the file system knows its holes."""
         return False
@@ -120,7 +116,7 @@ class RawDisk:
                 whether the file system can do without writing zeros. Else as :meth:`write`.
         """
         if fast:
-            if unmap and self.reads_zero(offset, length):
+            if unmap and not any(is_data for _, _, is_data in self._storage.data_ranges(offset, offset + length)):
                 return
             raise OSError(errno.EOPNOTSUPP, "zeroing may take as long as writing zeros", self._storage.path)
         self._storage.write_zeros(offset, length, allocated=not unmap)

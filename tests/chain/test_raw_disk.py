@@ -124,7 +124,6 @@ def test_whatever_a_guest_does_its_disk_reads_as_it_should(tmp_path: Path, lengt
             case 4:
                 for low, high, kind in extents(disk, start, end - start):
                     assert kind == Kind.DATA or not any(expected[low:high])
-                    assert disk.reads_zero(low, high - low) == (kind == Kind.HOLE)
         assert read(disk, start, end - start) == expected[span]
         view = memoryview(bytearray(end - start))
         assert not disk.read_cached(start, view) or view == expected[span]
