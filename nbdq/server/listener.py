@@ -30,8 +30,9 @@ class Listener:
         sock.setblocking(False)
         self.socket = sock
         self._wanted = True
+        self._retry: asyncio.TimerHandle | None = None  # while accepting pauses after a failure
         self._path = path
-        self._inode = os.stat(path).st_ino if path else 0
+        self._identity = _identity(path) if path else None
 
     def uri(self, export_name: str) -> str:
         """Where a client finds an export through this listener (U1)."""
@@ -57,8 +58,12 @@ class Listener:
         self._watch()
 
     def _watch(self) -> None:
-        if self._wanted and self.socket.fileno() >= 0:
+        if self._wanted and self._retry is None and self.socket.fileno() >= 0:
             self._loop.add_reader(self.socket.fileno(), self._on_readable)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._watch()
 
     def _on_readable(self) -> None:
         for _ in range(_ACCEPTS_MAX):
@@ -69,7 +74,7 @@ class Listener:
             except OSError as error:
                 _log.error("cannot accept a client: %s; trying again in %.0f s", error.strerror, _ACCEPT_PAUSE_SECONDS)
                 self._loop.remove_reader(self.socket.fileno())
-                self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._watch)
+                self._retry = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._try_again)
                 return
             _prepare(sock)
             peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"unix:{sock.fileno()}"
@@ -78,18 +83,33 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening; remove the socket file if it is still ours."""
-        if self.socket.fileno() >= 0:
-            if hasattr(self, "_loop"):
-                self._loop.remove_reader(self.socket.fileno())
-            self.socket.close()
-            if self._path is not None:
-                try:
-                    if os.stat(self._path).st_ino == self._inode:
-                        os.unlink(self._path)
-                except FileNotFoundError:
-                    pass
-                except OSError as error:  # no reason to stop stopping
-                    _log.warning("cannot remove the socket %s: %s", printable(self._path), error.strerror)
+        if self.socket.fileno() < 0:
+            return
+        if hasattr(self, "_loop"):
+            self._loop.remove_reader(self.socket.fileno())
+        if self._retry is not None:
+            self._retry.cancel()
+        # The file goes first. Once nobody listens on it another server may replace it, and the new file may get the
+        # inode number of ours, which nothing holds any more: we would remove what the other server listens on.
+        self._remove_file()
+        self.socket.close()
+
+    def _remove_file(self) -> None:
+        if self._path is None:
+            return
+        try:
+            if _identity(self._path) == self._identity:
+                os.unlink(self._path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # no reason to stop stopping
+            _log.warning("cannot remove the socket %s: %s", printable(self._path), error.strerror)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """Which file has that name; a link to one is another. No two that are open at once are alike."""
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _prepare(sock: socket.socket) -> None:
@@ -159,9 +179,8 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
     """
     listeners: list[Listener] = []
     try:
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        ):
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):  # a hosts file may say the same twice
             sock = socket.socket(family, kind, protocol)
             listeners.append(Listener(sock))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

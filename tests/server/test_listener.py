@@ -54,6 +54,36 @@ def test_a_path_that_somebody_else_took_meanwhile_is_left_alone(path: str) -> No
     second.close()
 
 
+def test_a_server_that_takes_the_path_at_the_moment_of_the_end_keeps_it(path: str) -> None:
+    """R-42: its socket file may get the inode number of ours as soon as that is free."""
+    first = listen_unix(path)
+    successors: list[Listener] = []
+
+    class ClosingSocket:
+        """Our socket, at whose close another server starts."""
+
+        def __init__(self, sock: socket.socket) -> None:
+            self.fileno = sock.fileno
+            self._socket = sock
+
+        def close(self) -> None:
+            self._socket.close()
+            successors.append(listen_unix(path))
+
+    first.socket = ClosingSocket(first.socket)  # type: ignore[assignment]
+    first.close()
+    connect(path).close()
+    successors[0].close()
+
+
+def test_a_link_to_the_socket_that_took_its_place_is_left_alone(path: str) -> None:
+    listener = listen_unix(path)
+    os.rename(path, f"{path}-moved")
+    os.symlink(f"{path}-moved", path)
+    listener.close()
+    assert os.path.islink(path)
+
+
 def test_a_path_that_cannot_be_reached_any_more_does_not_hinder_the_end(path: str) -> None:
     os.mkdir(f"{path}-directory")
     listener = listen_unix(f"{path}-directory/socket")
@@ -193,6 +223,50 @@ def test_a_failing_accept_is_tried_again_after_a_while_and_does_not_spin(
 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(main())
+
+
+def test_the_pause_of_a_failure_outlasts_the_pause_of_a_limit(
+    loop: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that come and go at the limit do not make a server without descriptors try, and complain, each time."""
+    monkeypatch.setattr(listener_module, "_ACCEPT_PAUSE_SECONDS", 0.2)
+    listener, failing = failing_listener(path, errno.EMFILE)
+
+    async def main() -> None:
+        accepted = asyncio.Event()
+
+        def accept(sock: socket.socket, peer: str) -> bool:
+            sock.close()
+            accepted.set()
+            return True
+
+        listener.start(asyncio.get_running_loop(), accept)
+        with connect(path):
+            while not failing.calls:
+                await asyncio.sleep(0)
+            for _ in range(20):
+                listener.pause()
+                listener.resume()
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            assert failing.calls == 1
+            failing.error = 0
+            await asyncio.wait_for(accepted.wait(), PATIENCE)
+        listener.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+def test_an_address_that_a_host_has_twice_is_listened_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(*once[0][:4], ("127.0.0.1", port))] * 2)
+    listeners = listen_tcp("localhost", port)
+    assert len(listeners) == 1
+    listeners[0].close()
 
 
 def test_the_pause_of_a_limit_outlasts_the_pause_of_a_failure(
