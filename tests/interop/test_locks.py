@@ -353,5 +353,5 @@ def test_a_served_image_is_locked_until_the_server_ends(chain: Path) -> None:
     with qemu_io(chain / "base"):
         message = refusal(chain / "top")
         assert re.fullmatch(r'.*/base: failed to get shared "write" lock: .*; stop .*--force-share\n', message)
-        with serve("--force-share", chain / "top"):
+        with serve("--read-only", "--force-share", chain / "top"):
             pass
