@@ -238,6 +238,16 @@ def test_an_image_without_bitmaps_is_left_alone() -> None:
     assert content_of(storage) == bytes(minimal_image())
 
 
+def test_an_image_of_version_2_has_no_bitmaps_whatever_it_says() -> None:
+    """It has no autoclear bits either, so that nothing in the header may be touched (Q71)."""
+    content, header = lay_out([bitmap("b0")], version=2)
+    content = content[:72] + build_header(header)[72:].ljust(CLUSTER - 72, b"\0") + content[CLUSTER:]
+    storage = stored(content)
+    found = read_header(storage)
+    assert take_over_bitmaps(storage, found) == (found, None, None)
+    assert content_of(storage) == content
+
+
 def test_a_promise_of_bitmaps_that_are_not_there_is_taken_back() -> None:
     """QEMU would corrupt the image with its first write (Q16)."""
     header = minimal_header(autoclear=Autoclear.BITMAPS | 1 << 40)
