@@ -5,9 +5,35 @@ case without either is there to be looked at.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from images import CHAIN1, CHAIN64, CHAIN256, FRAGMENTED, PLAIN, ZLIB, ZSTD, Image
-from workloads import Fio, NbdCopy, NbdinfoMap, OneCore, PeakRss, Startup, StatusLoop, Workload
+from images import (
+    CHAIN1,
+    CHAIN64,
+    CHAIN256,
+    CLUSTER_SIZE,
+    EMPTY,
+    EMPTY_1T,
+    FRAGMENTED,
+    OVER_CHAIN,
+    OVER_PLAIN,
+    PLAIN,
+    ZLIB,
+    ZSTD,
+    Image,
+)
+from workloads import (
+    Fio,
+    NbdCopy,
+    NbdCopyIn,
+    NbdinfoMap,
+    OneCore,
+    PeakRss,
+    Startup,
+    StatusLoop,
+    Workload,
+    ZeroLoop,
+)
 
 KIB = 1024
 
@@ -21,6 +47,8 @@ class Case:
     at_most: float | None = None
     fresh: bool = False
     """Every measurement gets a server that was just started."""
+    writes: bool = False
+    """Every measurement gets such a server, and a copy of the image."""
     own_rival: Image | None = None
     """Race ourselves on `image` against ourselves on this one, instead of against qemu-nbd."""
 
@@ -43,6 +71,16 @@ def _block_status(image: Image) -> list[Case]:
 
 RANDOM_4K_QD16 = Fio("randread", 4 * KIB, 16)
 
+
+def _writing(id: str, image: Image, workload: Workload, at_least: float | None = None) -> Case:
+    return Case(id, image, workload, at_least=at_least, writes=True)
+
+
+def _new_clusters(requests: int) -> Fio:
+    """Each request meets a cluster that no request before it has met."""
+    return Fio("randwrite", 4 * KIB, 16, requests=requests, align=CLUSTER_SIZE)
+
+
 # Cases of one image stand together: they share its servers.
 CASES = [
     Case("4k-randread-qd1", PLAIN, Fio("randread", 4 * KIB, 1), at_least=1.0),
@@ -64,4 +102,14 @@ CASES = [
     *_compressed(ZLIB, sequential=10, random=2, copy=1.2),
     Case("zlib-rss", ZLIB, PeakRss(), at_most=150, fresh=True),
     *_compressed(ZSTD, sequential=5, random=1.5, copy=1.2),
+    _writing("write-4k-qd1", PLAIN, Fio("randwrite", 4 * KIB, 1), 1.0),
+    _writing("write-4k-qd16", PLAIN, Fio("randwrite", 4 * KIB, 16), 1.8),
+    _writing("write-256k-seq", PLAIN, Fio("write", 256 * KIB, 16)),
+    _writing("write-4k-flush-every-8", PLAIN, Fio("randwrite", 4 * KIB, 16, flush_every=8)),
+    _writing("allocate-4k-qd16", EMPTY, _new_clusters(100_000), 1.5),
+    _writing("allocate-256k-seq", EMPTY, Fio("write", 256 * KIB, 16, requests=8192), 1.3),
+    _writing("nbdcopy-in", EMPTY, NbdCopyIn(Path(PLAIN.name) / "disk.raw"), 1.1),
+    _writing("cow-4k-qd16", OVER_PLAIN, _new_clusters(12_000), 1.5),
+    _writing("cow-chain64-4k-qd16", OVER_CHAIN, _new_clusters(12_000), 1.5),
+    _writing("zero-1T", EMPTY_1T, ZeroLoop(), 10),
 ]

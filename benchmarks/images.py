@@ -38,6 +38,15 @@ class Image:
     def path(self, work_dir: Path) -> Path:
         return work_dir / self.name / "disk.qcow2"
 
+    def scratch_path(self, work_dir: Path) -> Path:
+        """A copy of the top file for servers that write to it, beside the original, where its layers are found."""
+        return work_dir / self.name / "scratch"
+
+    def copy(self, work_dir: Path) -> None:
+        """Make the scratch copy anew, and let the disk come to rest."""
+        _run("cp", "--sparse=always", self.path(work_dir), self.scratch_path(work_dir))
+        os.sync()
+
     def raw_path(self, work_dir: Path) -> Path:
         """The same disk as a raw file, for servers that know no qcow2. Only the plain image has one."""
         return work_dir / self.name / "disk.raw"
@@ -204,6 +213,23 @@ def _build_fragmented(directory: Path, _work_dir: Path) -> None:
         _qemu_io(path, [f"write -q -P 85 {pair * 2 * CLUSTER_SIZE} 4k" for pair in pairs[first : first + batch]])
 
 
+def _build_empty(size: int) -> Callable[[Path, Path], None]:
+    return lambda directory, _work_dir: _create(directory / "disk.qcow2", size)
+
+
+def _build_overlay(lower: Callable[[], Image]) -> Callable[[Path, Path], None]:
+    """An empty layer over another image, whose files are linked into the same directory."""
+
+    def build(directory: Path, work_dir: Path) -> None:
+        for path in (work_dir / lower().name).glob("*.qcow2"):
+            (directory / path.name.replace("disk", "lower")).hardlink_to(path)
+        top = directory / "disk.qcow2"
+        _run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", directory / "lower.qcow2", top)
+        _run("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "lower.qcow2", top)
+
+    return build
+
+
 PLAIN = Image("plain", "1 GiB, random bytes, all 64 KiB clusters allocated in order, with a raw twin; 1", _build_plain)
 CHAIN64 = Image("chain64", "1 GiB, 64 layers, 10 % holes, 10 % hidden, random order; 1", _build_chain(64))
 CHAIN256 = Image("chain256", "1 GiB, 256 layers, 10 % holes, 10 % hidden, random order; 1", _build_chain(256))
@@ -216,5 +242,17 @@ FRAGMENTED = Image(
     _build_fragmented,
     size=TIB,
 )
+EMPTY = Image("empty64G", "64 GiB, nothing allocated; 1", _build_empty(64 * GIB), size=64 * GIB)
+EMPTY_1T = Image("empty1T", "1 TiB, nothing allocated; 1", _build_empty(TIB), size=TIB)
+OVER_PLAIN = Image("over-plain", "an empty layer over plain; 1", _build_overlay(lambda: PLAIN), needs=("plain",))
+OVER_CHAIN = Image(
+    "over-chain64", "an empty layer over chain64; 1", _build_overlay(lambda: CHAIN64), needs=("chain64",)
+)
 
-IMAGES = {image.name: image for image in (PLAIN, CHAIN64, CHAIN256, CHAIN1, ZLIB, ZSTD, FRAGMENTED)}
+IMAGES = {
+    image.name: image
+    for image in (
+        *(PLAIN, CHAIN64, CHAIN256, CHAIN1, ZLIB, ZSTD, FRAGMENTED),
+        *(EMPTY, EMPTY_1T, OVER_PLAIN, OVER_CHAIN),
+    )
+}

@@ -98,6 +98,9 @@ class Race:
         return min(attempts, key=lambda attempt: attempt.conditions.other_cores)
 
     def _measure(self, case: Case, kind: ServerKind, image: Image) -> Measurement:
+        if case.writes:
+            with self._servers.writing(kind, image) as server:
+                return self._run_workload(case, server, _Clocks.read(server))
         if not case.fresh:
             server = self._servers.get(kind, image)
             return self._run_workload(case, server, _Clocks.read(server))

@@ -33,6 +33,10 @@ class ServerKind:
     argv: tuple[str, ...]
     raw: bool = False
 
+    def writable(self) -> "ServerKind":
+        """The same without `-r`."""
+        return ServerKind(self.label, tuple(word for word in self.argv if word != "-r"), self.raw)
+
 
 NBDQ_ARGV = (sys.executable, "-m", "nbdq", "serve", "-r", "-k", "{socket}", "{image}")
 
@@ -54,11 +58,14 @@ def nbdq(argv: Sequence[str] = NBDQ_ARGV) -> ServerKind:
 class Server:
     """One running server process on one image, listening on a unix socket in a directory of its own."""
 
-    def __init__(self, kind: ServerKind, image: Image, work_dir: Path) -> None:
+    def __init__(self, kind: ServerKind, image: Image, work_dir: Path, *, scratch: bool = False) -> None:
         """Start it and wait until it greets a client. Raises ServerError if it exits or stays silent."""
         self.kind = kind
         self.image = image
+        self.work_dir = work_dir
         self.image_path = image.raw_path(work_dir) if kind.raw else image.path(work_dir)
+        if scratch:
+            self.image_path = image.scratch_path(work_dir)
         self._directory = Path(tempfile.mkdtemp(prefix="race-"))
         self._socket_path = self._directory / "s"
         self._log_path = self._directory / "stderr"
@@ -163,6 +170,21 @@ class Servers:
             yield server
         finally:
             server.stop()
+
+    @contextlib.contextmanager
+    def writing(self, kind: ServerKind, image: Image) -> Iterator[Server]:
+        """A server that may write to a fresh copy of the image, which has to be without fault afterwards."""
+        image.copy(self._work_dir)
+        server = Server(kind.writable(), image, self._work_dir, scratch=True)
+        try:
+            yield server
+        finally:
+            server.stop()
+        path = image.scratch_path(self._work_dir)
+        check = subprocess.run(["qemu-img", "check", "-q", path], capture_output=True, text=True)
+        if check.returncode:
+            raise ServerError(f"{kind.label} left an image with which qemu-img check is not content: {check.stderr}")
+        path.unlink()
 
     def stop_all(self) -> None:
         for server in self._running.values():

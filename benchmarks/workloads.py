@@ -23,6 +23,7 @@ from servers import Server
 RAMP = 0.25  # of the measurement's length, before it
 CLIENT_GRACE_S = 120.0
 STATUS_LOOP = Path(__file__).with_name("status_loop.py")
+ZERO_LOOP = Path(__file__).with_name("zero_loop.py")
 
 
 class ClientError(Exception):
@@ -100,6 +101,12 @@ class Fio:
     rw: str
     block_size: int
     depth: int
+    requests: int | None = None
+    """So many and no more, instead of as many as fit into the time: for writes that change what the next ones meet."""
+    align: int | None = None
+    """Offsets of random requests are multiples of this."""
+    flush_every: int | None = None
+    """Requests between two flushes, for which fio waits."""
 
     @property
     def unit(self) -> Unit:
@@ -110,23 +117,30 @@ class Fio:
             _client(
                 *("fio", "--name=race", "--ioengine=nbd", f"--uri={server.uri}", f"--rw={self.rw}"),
                 *(f"--bs={self.block_size}", f"--iodepth={self.depth}", f"--size={server.image.size}"),
-                *(
-                    "--norandommap=1",
-                    "--time_based",
-                    f"--runtime={round(seconds * 1000)}ms",
-                    f"--ramp_time={round(seconds * RAMP * 1000)}ms",
-                ),
+                *self._length(seconds),
+                *((f"--blockalign={self.align}",) if self.align else ()),
+                *((f"--fsync={self.flush_every}",) if self.flush_every else ()),
                 *("--output-format=json", f"--output={output.name}"),
                 seconds=seconds,
             )
             job = json.loads(output.read())["jobs"][0]
-        read = job["read"]
-        if job["error"] or not read["total_ios"]:
-            raise ClientError(f"fio read {read['total_ios']} blocks and ended with error {job['error']}")
+        side = job["write" if "write" in self.rw else "read"]
+        if job["error"] or not side["total_ios"]:
+            raise ClientError(f"fio made {side['total_ios']} requests and ended with error {job['error']}")
         return Sample(
-            value=read["iops"] if self.unit is Unit.IOPS else read["bw"] / 1024,
+            value=side["iops"] if self.unit is Unit.IOPS else side["bw"] / 1024,
             busy=(job["usr_cpu"] + job["sys_cpu"]) / 100,
-            detail={"p99_us": read["clat_ns"]["percentile"]["99.000000"] / 1000},
+            detail={"p99_us": side["clat_ns"]["percentile"]["99.000000"] / 1000},
+        )
+
+    def _length(self, seconds: float) -> tuple[str, ...]:
+        if self.requests is not None:
+            return (f"--number_ios={self.requests}",)
+        return (
+            "--norandommap=1",
+            "--time_based",
+            f"--runtime={round(seconds * 1000)}ms",
+            f"--ramp_time={round(seconds * RAMP * 1000)}ms",
         )
 
 
@@ -165,6 +179,32 @@ class NbdCopy:
     def run(self, server: Server, seconds: float) -> Sample:
         walls, _ = _repeat("nbdcopy", server.uri, "null:", seconds=seconds)
         return Sample(len(walls) * server.image.size / (1 << 20) / sum(walls))
+
+
+@dataclass(frozen=True)
+class NbdCopyIn:
+    """nbdcopy from the raw file of an image, over up to 4 connections, ending with a flush."""
+
+    source: Path
+    """Below the work directory."""
+    unit: Unit = Unit.MIB_PER_S
+
+    def run(self, server: Server, seconds: float) -> Sample:
+        source = server.work_dir / self.source
+        started = time.perf_counter()
+        _client("nbdcopy", str(source), server.uri, seconds=seconds)
+        return Sample(source.stat().st_size / (1 << 20) / (time.perf_counter() - started))
+
+
+@dataclass(frozen=True)
+class ZeroLoop:
+    """The whole disk made zero, 1 GiB at a time, and flushed."""
+
+    unit: Unit = Unit.MS
+
+    def run(self, server: Server, seconds: float) -> Sample:
+        answer = json.loads(_client(libnbd_python(), str(ZERO_LOOP), server.uri, seconds=seconds))
+        return Sample(answer["seconds"] * 1000)
 
 
 @dataclass(frozen=True)
