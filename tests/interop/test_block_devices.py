@@ -6,6 +6,7 @@ The devices are loop devices over sparse files, which needs the rights of root.
 import errno
 import json
 import os
+import random
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -258,6 +259,47 @@ def test_on_a_full_device_the_write_that_needs_room_fails_and_everything_else_go
         assert read(disk, 0, disk.size) == expected
     assert_is_sound(used_device)
     assert_qemu_reads(used_device, expected, tmp_path)
+
+
+OPTIONS = ("cluster_size=512,refcount_bits=64", "cluster_size=4k,compat=0.10", "cluster_size=16k,extended_l2=on")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_fails_on_a_full_device_nothing_else_changes(used_device: Path, tmp_path: Path, seed: int) -> None:
+    """A request that found no room has left old and new data in its own range, and the image has no leak at the end."""
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", OPTIONS[seed], used_device, "8M")
+    expected = bytearray(8 * MIB)
+    failures = 0
+    for _ in range(2):
+        with qcow2_disk(used_device) as disk:
+            for _ in range(120):
+                offset = chance.randrange(8 << 11) * 512 + chance.choice((0, 0, 7))
+                span = slice(offset, min(offset + chance.choice((1, 512, 4096, 300_000)), disk.size))
+                before, new = bytes(expected[span]), bytes(span.stop - offset)
+                try:
+                    match chance.randrange(6):
+                        case 0 | 1 | 2:
+                            new = chance.randbytes(len(new))
+                            disk.write(offset, memoryview(new))
+                        case 3 | 4:
+                            disk.zero(offset, len(new), unmap=chance.random() < 0.5)
+                        case 5:
+                            disk.flush()
+                            new = before
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    failures += 1
+                    now = read(disk, offset, len(new))
+                    assert all(byte in choice for byte, *choice in zip(now, before, new, strict=True))
+                    new = now
+                expected[span] = new
+            assert read(disk, 0, disk.size) == expected
+        assert_is_sound(used_device)
+        assert_qemu_reads(used_device, expected, tmp_path)
+    assert failures > 0  # else the device was too large to prove anything
 
 
 def test_an_image_on_a_device_ends_where_its_last_cluster_does_and_not_where_the_device_does(
