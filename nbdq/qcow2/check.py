@@ -25,7 +25,7 @@ from nbdq.qcow2.check_mappings import L1Table, L2Tables, MappingAudit
 from nbdq.qcow2.check_result import CheckResult
 from nbdq.qcow2.entries import Geometry
 from nbdq.qcow2.fields import MAX_L1_TABLE
-from nbdq.qcow2.format import Autoclear, Header
+from nbdq.qcow2.format import Autoclear, CryptMethod, Header
 from nbdq.qcow2.refcount_widths import max_refcount
 from nbdq.qcow2.reference_counts import PAGE, ReferenceCounts, TooManyPages
 from nbdq.qcow2.snapshot_records import SnapshotTable, read_snapshot_table
@@ -125,6 +125,9 @@ class _Auditor:
         l2_tables = mappings.read_l1_tables(l1_tables)
         mappings.read_l2_tables(l2_tables, stored)
         mappings.judge_l1_copied(active, stored)
+        if header.crypt_method is CryptMethod.LUKS and header.encryption is None:
+            self._result.fail("the image is encrypted, but does not say where its encryption header is")
+            self._result.incomplete = True
         if header.encryption:
             self._count_area(header.encryption.offset, header.encryption.length, "the encryption header")
         self._check_bitmaps()
@@ -244,7 +247,7 @@ class _Auditor:
         """The refcount table, and blocks that nothing else may use (C3, C4)."""
         header, result = self._header, self._result
         if not len(table):
-            result.corrupt("there is no refcount table")
+            result.corrupt("there is no refcount table", 0)  # what is counted is that every cluster misses its refcount
             result.rebuild_needed = True
         self._count_area(header.refcount_table_offset, len(table) * 8, "the refcount table")
         index = np.flatnonzero(table)

@@ -35,6 +35,7 @@ def read_header_to_check(storage: FileStorage) -> Header:
         aligned = refcount_offset % header.cluster_size == 0 and refcount_offset < 1 << 62
         if not aligned or refcount_clusters > MAX_REFCOUNT_TABLE // header.cluster_size:
             refcount_offset = refcount_clusters = 0
+        warnings = tuple(warning for warning in header.warnings if "the refcount table" not in warning)
         if snapshots_offset % header.cluster_size or (snapshots_offset >= storage.size() and snapshot_count):
             raise error  # a snapshot table that is nowhere could only be given up
         return replace(
@@ -43,6 +44,7 @@ def read_header_to_check(storage: FileStorage) -> Header:
             refcount_table_clusters=refcount_clusters,
             snapshot_count=snapshot_count,
             snapshots_offset=snapshots_offset,
+            warnings=warnings,
         )
 
 

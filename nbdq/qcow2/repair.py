@@ -65,15 +65,17 @@ def repair_image(storage: FileStorage, header: Header, what: Repair) -> Repaired
         if before.rebuild_needed:
             before.fail("the refcount structures need to be rebuilt: -r all does so")
         return Repaired(before, 0, 0)
-    after = before
+    after, copied_fixed = before, 0
     if not before.is_clean:
         if what is Repair.ALL:
-            header = _mend_all(storage, header, audit)
+            header, copied_fixed = _mend_all(storage, header, audit)
         else:
-            _mend_leaks(storage, header, audit)
+            copied_fixed = _mend_leaks(storage, header, audit)
         after = check_image(storage, header)
     _mend_features(storage, header, sound=not after.corruptions and not after.check_errors)
-    return Repaired(after, max(before.corruptions - after.corruptions, 0), max(before.leaks - after.leaks, 0))
+    # Like QEMU: a COPIED bit that is right as soon as the refcount is was not wrong.
+    corruptions = (before.corruptions - before.copied_errors) - (after.corruptions - after.copied_errors)
+    return Repaired(after, max(corruptions, 0) + copied_fixed, max(before.leaks - after.leaks, 0))
 
 
 def repair_dirty(storage: FileStorage, header: Header) -> Header:
@@ -90,7 +92,7 @@ def repair_dirty(storage: FileStorage, header: Header) -> Header:
     return read_header_to_check(storage)
 
 
-def _mend_all(storage: FileStorage, header: Header, audit: Audit) -> Header:
+def _mend_all(storage: FileStorage, header: Header, audit: Audit) -> tuple[Header, int]:
     if Autoclear.BITMAPS in header.autoclear and header.bitmaps is None:
         header = replace(header, autoclear=header.autoclear & ~Autoclear.BITMAPS)
         _write_features(storage, header)
@@ -102,21 +104,22 @@ def _mend_all(storage: FileStorage, header: Header, audit: Audit) -> Header:
         header = _rebuild_refcounts(storage, header, snapshots)
         audit = audit_image(storage, header)
     _mend_refcounts(storage, audit, Repair.ALL)
-    _mend_copied(storage, audit)
-    return header
+    return header, _mend_copied(storage, audit)
 
 
-def _mend_leaks(storage: FileStorage, header: Header, audit: Audit) -> None:
+def _mend_leaks(storage: FileStorage, header: Header, audit: Audit) -> int:
     _mend_refcounts(storage, audit, Repair.LEAKS)
     between = check_image(storage, header)
     # What was shared by mistake is not so any more; but COPIED is believed only where all refcounts can be.
-    if not (between.leaks or between.check_errors or between.corruptions > between.copied_errors):
-        _mend_copied(storage, audit)
+    if between.leaks or between.check_errors or between.corruptions > between.copied_errors:
+        return 0
+    return _mend_copied(storage, audit)
 
 
 def _mend_refcounts(storage: FileStorage, audit: Audit, what: Repair) -> None:
-    """Set the refcounts that have a block, as far as ``what`` allows, and make that durable."""
+    """Set the refcounts that have a block, as far as ``what`` allows, make that durable, and give back the space."""
     most = np.uint64(max_refcount(audit.refcount_order))
+    freed: list[tuple[int, int]] = []
     for number in sorted({*audit.stored.pages(), *audit.counts.pages()}):
         stored = audit.stored.page(number).astype(np.uint64)
         wanted = np.minimum(audit.counts.page(number), most)
@@ -127,22 +130,43 @@ def _mend_refcounts(storage: FileStorage, audit: Audit, what: Repair) -> None:
             wanted = np.minimum(wanted, stored)
         if not np.array_equal(stored, wanted):
             audit.stored.replace_page(number, wanted)
+            gone = np.flatnonzero((wanted == 0) & (stored > 0) & (audit.counts.page(number) == 0))
+            freed += [(number * PAGE + first, count) for first, count in _runs(gone)]
     storage.sync()
+    if not audit.result.corruptions:  # else what looks leaked may be what is missed elsewhere
+        bits = audit.geometry.cluster_bits
+        for first, count in freed:
+            storage.punch(first << bits, count << bits)
 
 
-def _mend_copied(storage: FileStorage, audit: Audit) -> None:
-    """Let COPIED say in the active tables whether the refcount is 1 (C2), after refcounts are right and durable."""
+def _runs(places: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """First and length of each stretch of consecutive numbers."""
+    if not places.size:
+        return []
+    edges = np.flatnonzero(np.diff(places) != 1) + 1
+    starts = np.concatenate([[0], edges])
+    return list(zip(places[starts].tolist(), np.diff(np.append(starts, len(places))).tolist(), strict=True))
+
+
+def _mend_copied(storage: FileStorage, audit: Audit) -> int:
+    """Let COPIED say in the active tables whether the refcount is 1 (C2), after refcounts are right and durable.
+
+    Returns how many bits were wrong.
+    """
     table, bits = audit.active_l1, audit.geometry.cluster_bits
+    fixed = 0
     for index, entry, refcount in copied_mismatches_l1(storage, table, audit.stored, bits):
         right = _without_overflow(audit, (entry & OFFSET_MASK).astype(np.int64) >> bits, refcount)
         _write_l1_entries(storage, table, index[right], entry[right] ^ COPIED)
+        fixed += int(right.sum())
     for rows, words in audit.mappings.batches(audit.l2_tables):
         batch = L2Batch(words, audit.l2_tables, rows, audit.geometry)
         places, refcount = batch.copied_mismatches(audit.stored)
         if not audit.geometry.has_data_file:
             places = places[_without_overflow(audit, batch.host[places] >> bits, refcount)]
-        _write_entries(storage, audit, rows, words, batch, places, batch.entry[places] ^ COPIED)
+        fixed += _write_entries(storage, audit, rows, words, batch, places, batch.entry[places] ^ COPIED)
     storage.sync()
+    return fixed
 
 
 def _without_overflow(audit: Audit, clusters: NDArray[np.int64], refcount: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -156,11 +180,11 @@ def _mend_entries(storage: FileStorage, header: Header, audit: Audit) -> bool:
     Misplaced host clusters of preallocated zeros, as in QEMU; COPIED on compressed clusters and flags of L1 entries
     without a table, which QEMU leaves.
     """
-    changed = False
+    changed = 0
     for rows, words in audit.mappings.batches(audit.l2_tables):
         batch = L2Batch(words, audit.l2_tables, rows, audit.geometry)
         places = np.flatnonzero(batch.compressed & (batch.entry & COPIED != 0))
-        changed |= _write_entries(storage, audit, rows, words, batch, places, batch.entry[places] ^ COPIED)
+        changed += _write_entries(storage, audit, rows, words, batch, places, batch.entry[places] ^ COPIED)
         misplaced = batch.placed & (batch.host & (header.cluster_size - 1) != 0)
         if header.extended_l2:
             places = np.flatnonzero(misplaced & (batch.bitmap & _SUBCLUSTERS_ALLOCATED == 0))
@@ -168,15 +192,15 @@ def _mend_entries(storage: FileStorage, header: Header, audit: Audit) -> bool:
         else:
             places = np.flatnonzero(misplaced & (batch.entry & ZERO != 0) & np.bool_(header.version >= 3))
             cleared = np.full(len(places), ZERO)
-        changed |= _write_entries(storage, audit, rows, words, batch, places, cleared)
+        changed += _write_entries(storage, audit, rows, words, batch, places, cleared)
     for table in audit.l1_tables:
         for begin in range(0, table.size, L1_PIECE):
             data = storage.read(table.offset + begin * 8, min(L1_PIECE, table.size - begin) * 8)
             entries = np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
             empty = np.flatnonzero((entries != 0) & (entries & OFFSET_MASK == 0))
             _write_l1_entries(storage, table, empty + begin, np.zeros(len(empty), dtype=np.uint64))
-            changed |= bool(empty.size)
-    return changed
+            changed += len(empty)
+    return changed > 0
 
 
 def _write_l1_entries(
@@ -200,13 +224,13 @@ def _write_entries(
     batch: L2Batch,
     places: NDArray[np.int64],
     values: NDArray[np.uint64],
-) -> bool:
-    """Write new first words of the entries at ``places`` of a batch, whole stretches of a table at once.
+) -> int:
+    """Write new first words of the entries at ``places`` of a batch, in stretches of a table; return how many.
 
     A table that is not at a cluster, or in one with other metadata, is left alone: writing could spoil more.
     """
     if not places.size:
-        return False
+        return 0
     row = batch.row(places)
     offsets = audit.l2_tables.offsets[rows]
     sound = offsets & (audit.geometry.cluster_size - 1) == 0
@@ -219,7 +243,7 @@ def _write_entries(
         changed = column[row == number]
         first, last = int(changed.min()), int(changed.max())
         storage.write(int(offsets[number]) + first * 8, words[number, first : last + 1].astype(">u8").tobytes())
-    return bool(places.size)
+    return len(places)
 
 
 def _mended_snapshots(header: Header, audit: Audit) -> tuple[SnapshotRecord, ...] | None:
