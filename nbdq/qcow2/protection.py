@@ -5,6 +5,9 @@ write. Here every class is one look-up: the clusters that the tables name at ope
 and go later are sets.
 """
 
+from array import array
+from bisect import bisect_left
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +18,7 @@ class ProtectedClusters:
     def __init__(self, clusters: NDArray[np.uint64]) -> None:
         """Begin with ``clusters``, in any order."""
         self._initial = np.unique(clusters)
+        self._sorted = array("Q", self._initial.astype(np.uint64).tobytes())  # the same, for scalar questions
         self._removed: set[int] = set()
         self._added: set[int] = set()
 
@@ -30,8 +34,8 @@ class ProtectedClusters:
 
     def overlaps(self, first: int, count: int) -> bool:
         """Whether any of ``count`` clusters from ``first`` is protected."""
-        low, high = np.searchsorted(self._initial, np.array((first, first + count), dtype=np.uint64)).tolist()
-        if low != high and not self._removed.issuperset(self._initial[low:high].tolist()):
+        low, high = bisect_left(self._sorted, first), bisect_left(self._sorted, first + count)
+        if low != high and not self._removed.issuperset(self._sorted[low:high]):
             return True
         if count > len(self._added):
             return any(first <= cluster < first + count for cluster in self._added)
