@@ -18,7 +18,7 @@ from nbdq.block import WritableBlockDevice
 from tests.crash.guest import Allowed, Guest, History, Verb
 from tests.crash.recorder import NEVER, Act, Entry, Recorder
 from tests.crash.schedule import Schedule
-from tests.crash.stamps import Values
+from tests.crash.stamps import Values, read_stamps
 from tests.crash.states import Fate, Moment, Timeline, choices, everything, is_metadata, materialise
 from tests.crash.verdict import Bench, Fault, Finding, Referee, compare, fingerprint, metadata_fingerprint
 from tests.crash.workloads import FIRST_NUMBER, Prepared, Workload, prepare
@@ -189,7 +189,7 @@ class _Run:
         longest = max(path.stat().st_size for path in paths)
         recorder = Recorder(
             paths,
-            pause=schedule.pause if schedule else lambda: None,
+            **({"pause": schedule.pause, "linger": schedule.linger} if schedule else {}),
             limit=longest + workload.room if workload.room is not None and self._order == 1 else None,
         )
         first_number = FIRST_NUMBER if self._order == 1 else int(live.initial.max()) + FIRST_NUMBER
@@ -212,6 +212,12 @@ class _Run:
                     schedule.run(jobs)
                 else:
                     guests[0].work(share)
+                content = bytearray(disk.size)
+                disk.read_into(0, memoryview(content))
+                finding = compare(read_stamps(content), history.allowed_now())
+                if finding is not None:
+                    self._report(recorder.tick(), Finding(finding.fault, f"before any crash: {finding.text}"), "")
+                    return None
                 if self._order > 1:
                     guests[0].carry_out(history.begin(Verb.FLUSH), cached=True)
                 disk.close()

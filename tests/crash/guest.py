@@ -1,8 +1,8 @@
 """The guest: its requests, when they were made and answered, and what it may find on its disk after a crash.
 
-A write is durable if it was answered before a flush was asked for that was answered before the crash. A sector then
-holds what the last durable request on it left there, or what any later one did; nothing else. Requests on one sector
-never overlap in time.
+A request is durable if it was answered before a flush was asked for that was answered before the crash. A sector then
+holds what a durable request left there, unless another durable one was made after that was answered; or what any
+request did that is not durable; nothing else.
 """
 
 import errno
@@ -107,22 +107,30 @@ class History:
             self._cache[key] = Allowed(self._initial, issued, promise)
         return self._cache[key]
 
+    def allowed_now(self) -> "Allowed":
+        """What every sector may hold while nothing crashes and nothing is under way."""
+        return Allowed(self._initial, [each for each in self.requests if each.verb is not Verb.FLUSH], NEVER)
+
 
 class Allowed:
     """For each sector a set of values, as one table: a row for each value, a column for each sector."""
 
     def __init__(self, initial: Values, requests: Sequence[Request], promise: int) -> None:
+        """What ``requests`` may leave of ``initial``; those that were answered before ``promise`` are durable."""
         numbers = {ZEROS, *initial.tolist(), *(request.number for request in requests)}
         self._numbers = np.array(sorted(numbers), dtype=np.int64)
         self._table = np.zeros((len(numbers), len(initial)), dtype=bool)
-        self._table[self._row(initial), np.arange(len(initial))] = True
+        settled = np.zeros(len(initial), dtype=np.int64)
+        """When the last durable request was made: whatever was answered before that is gone."""
+        for request in requests:
+            # A discard may leave everything as it is, and a request that failed may have been carried out in part.
+            if request.answered < promise and request.verb is not Verb.DISCARD and not request.failed:
+                settled[request.sectors] = np.maximum(settled[request.sectors], request.issued)
+        untouched = np.flatnonzero(settled == 0)
+        self._table[self._row(initial[untouched]), untouched] = True
         for request in requests:
             value = request.number if request.verb is Verb.WRITE else ZEROS
-            # A discard may leave everything as it is, and a request that failed may have been carried out in part.
-            settles = request.answered < promise and request.verb is not Verb.DISCARD and not request.failed
-            if settles:
-                self._table[:, request.sectors] = False
-            self._table[self._row(np.int64(value)), request.sectors] = True
+            self._table[self._row(np.int64(value)), request.sectors] |= settled[request.sectors] <= request.answered
 
     def _row(self, values: Values | np.int64) -> NDArray[np.intp]:
         return np.asarray(np.searchsorted(self._numbers, values))
@@ -155,10 +163,12 @@ class Habits:
     """Each write begins where the last one ended."""
     hot: float = 1.0
     """The share of the disk in which most requests lie."""
+    rude: float = 0.0
+    """How often a guest with several requests under way does not care whether they overlap."""
 
 
 class Guest:
-    """A guest with habits. May be run by several threads at once, if :meth:`History.is_busy` can be trusted."""
+    """A guest with habits. Several on one disk share their history."""
 
     def __init__(self, disk: WritableBlockDevice, history: History, habits: Habits, generator: random.Random) -> None:
         self._disk = disk
@@ -183,7 +193,7 @@ class Guest:
             return
         for _ in range(20):
             first, count = self._place(verb)
-            if not self._history.is_busy(first, count):
+            if generator.random() < habits.rude or not self._history.is_busy(first, count):
                 self.carry_out(self._history.begin(verb, first, count), cached=cached)
                 return
 

@@ -14,6 +14,7 @@ from nbdq.qcow2.allocator import Allocator, Run
 from nbdq.qcow2.mapping import Mapping
 from nbdq.qcow2.refcounts import Refcounts
 from nbdq.qcow2.tables import Taken
+from nbdq.qcow2.tracking import DirtyBitmaps
 from nbdq.qcow2.writable import WritableImage
 from nbdq.storage import FileStorage
 
@@ -32,8 +33,10 @@ class Mutant:
 class _Syncs:
     """Which syncs of a method take place."""
 
-    def __init__(self, method: str, *, keep_first: bool = False, keep_last: bool = False) -> None:
-        self._method = method
+    def __init__(
+        self, method: str, owner: type = WritableImage, *, keep_first: bool = False, keep_last: bool = False
+    ) -> None:
+        self._owner, self._method = owner, method
         self._keep_first, self._keep_last = keep_first, keep_last
         self._depth = 0
         self._waiting: list[FileStorage] = []
@@ -41,13 +44,13 @@ class _Syncs:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Patch the method and the storage."""
-        original_method = getattr(WritableImage, self._method)
+        original_method = getattr(self._owner, self._method)
         original_sync, original_write = FileStorage.sync, FileStorage.write
 
-        def method(image: WritableImage, *arguments: Any) -> Any:
+        def method(owner: Any, *arguments: Any) -> Any:
             self._depth += 1
             try:
-                return original_method(image, *arguments)
+                return original_method(owner, *arguments)
             finally:
                 self._depth -= 1
                 if self._keep_last:
@@ -70,7 +73,7 @@ class _Syncs:
             original_write(storage, *arguments)
 
         with (
-            patch.object(WritableImage, self._method, method),
+            patch.object(self._owner, self._method, method),
             patch.object(FileStorage, "sync", sync),
             patch.object(FileStorage, "write", write),
         ):
@@ -135,6 +138,13 @@ def _forget_that_data_was_published(original: Any) -> Any:
     return flush
 
 
+def _forget_who_is_under_way(_original: Any) -> Any:
+    def oldest_active(_image: WritableImage) -> int:
+        return 1 << 63
+
+    return oldest_active
+
+
 MUTANTS: dict[str, Mutant] = {
     "no sync before entries": Mutant(
         "raised refcounts, new tables and data are durable before an entry names them (R-51, R-52, W1)",
@@ -180,5 +190,15 @@ MUTANTS: dict[str, Mutant] = {
         "a longer refcount table is durable before the header names it (R-54, W4)",
         _Syncs("grow_refcount_table", keep_last=True).installed,
         "a growing refcount table",
+    ),
+    "bitmaps not declared in use": Mutant(
+        "bitmaps are durably in use before the guest writes (R-57)",
+        _Syncs("begin_writing", DirtyBitmaps).installed,
+        "with a bitmap",
+    ),
+    "forgotten requests": Mutant(
+        "a freed cluster is not used again before the requests end that may have looked it up (R-50)",
+        _patched(WritableImage, "_oldest_active", _forget_who_is_under_way),
+        "several at once, overlapping",
     ),
 }

@@ -94,6 +94,13 @@ class PlainWriter:
         """As :meth:`zero`."""
         self.zero(offset, length, unmap=True)
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill whole clusters of ``view``."""
+        for start in range(0, len(view), self._cluster):
+            host = int(self._entries[(offset + start) // self._cluster]) & ~(_COPIED | _ZERO)
+            if host:
+                self._storage.read_into(host, view[start : start + self._cluster])
+
     def flush(self) -> None:
         """Refcounts and data, then the entries that name them, then reuse what is free."""
         refcounts, entries = (self._block_offset, self._refcounts), (self._table_offset, self._entries)

@@ -66,16 +66,23 @@ class Recorder:
     """Records while :meth:`installed`. Its clock also counts what the guest does, see :meth:`tick`."""
 
     def __init__(
-        self, paths: Sequence[Path], *, pause: Callable[[], None] = lambda: None, limit: int | None = None
+        self,
+        paths: Sequence[Path],
+        *,
+        pause: Callable[[], None] = lambda: None,
+        linger: Callable[[], None] = lambda: None,
+        limit: int | None = None,
     ) -> None:
         """Watch the existing files ``paths``, numbered in this order.
 
         Args:
             pause: called inside of every act, where another thread may run.
+            linger: called before every write.
             limit: bytes that a file can have before the medium is full.
         """
         self.entries: list[Entry] = []
-        self.pause = pause
+        self._pause = pause
+        self._linger = linger
         self._limit = limit
         self._now = 0
         self._lock = threading.Lock()
@@ -102,6 +109,7 @@ class Recorder:
             yield
 
     def _pwritev(self, original: Any, storage: FileStorage, buffers: Sequence[Data], offset: int) -> int:
+        self._linger()
         data = b"".join(buffers)
         self._demand_room(storage, offset + len(data))
         begun = self.tick()
@@ -147,7 +155,7 @@ class Recorder:
             return
         entry = Entry(number, act, offset, length, data, begun, keeps_size=keeps_size)
         self.entries.append(entry)
-        self.pause()
+        self._pause()
         entry.ended = self.tick()
 
     def _demand_room(self, storage: FileStorage, end: int) -> None:

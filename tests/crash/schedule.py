@@ -14,6 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+#: How probably a thread falls asleep where it could go on, and how long, in turns of others. Without that each goes on
+#: soon, and nothing that takes many steps ever happens between two steps of another.
+_DROWSINESS, _LINGERING = 0.03, 0.25
+_SLEEP_BITS = 10
+
 
 class Deadlock(AssertionError):
     """Every thread waits for another one."""
@@ -26,6 +31,8 @@ class Schedule:
         self._generator = random.Random(seed)
         self._turns: dict[threading.Thread, threading.Semaphore] = {}
         self._ready: list[threading.Thread] = []
+        self._asleep_until: dict[threading.Thread, int] = {}
+        self._steps = 0
         self._left = 0
         self._failure: BaseException | None = None
         self._done = threading.Event()
@@ -65,7 +72,13 @@ class Schedule:
         self._done.set()
 
     def _hand_on(self) -> None:
-        self._turns[self._generator.choice(self._ready)].release()
+        self._turns[self._choose()].release()
+
+    def _choose(self) -> threading.Thread:
+        """One that is ready, and awake if any is."""
+        self._steps += 1
+        awake = [thread for thread in self._ready if self._asleep_until.get(thread, 0) <= self._steps]
+        return self._generator.choice(awake or self._ready)
 
     @property
     def _me(self) -> threading.Thread | None:
@@ -73,12 +86,18 @@ class Schedule:
         thread = threading.current_thread()
         return thread if thread in self._turns else None
 
-    def pause(self) -> None:
+    def linger(self) -> None:
+        """Let others run, probably for long: what was decided is about to be done."""
+        self.pause(drowsiness=_LINGERING)
+
+    def pause(self, *, drowsiness: float = _DROWSINESS) -> None:
         """Perhaps let another thread run."""
         me = self._me
         if me is None or len(self._ready) == 1:
             return
-        chosen = self._generator.choice(self._ready)
+        if self._generator.random() < drowsiness:
+            self._asleep_until[me] = self._steps + int(2 ** self._generator.uniform(0, _SLEEP_BITS))
+        chosen = self._choose()
         if chosen is not me:
             self._turns[chosen].release()
             self._turns[me].acquire()

@@ -129,6 +129,7 @@ def _write(starts: Sequence[int], sector_count: int, number: int, layer: Layer, 
 
 _SMALL = Habits(largest=16, aligned_to=8)
 _TRIMMING = Habits(write=45, zero=12, zero_mapped=6, discard=25, flush=12, largest=48, aligned_to=8, hot=0.4)
+_RUDE = Habits(write=40, zero=4, zero_mapped=4, discard=24, flush=28, largest=16, aligned_to=8, rude=0.9)
 _BUSY = Habits(largest=24, aligned_to=8, hot=0.3)
 
 WORKLOADS = (
@@ -215,6 +216,22 @@ WORKLOADS = (
         _TRIMMING,
         threads=3,
         requests=160,
+    ),
+    Workload(
+        "several at once, overlapping",
+        (Layer(filled=0.5),),
+        _RUDE,
+        size=32 * KIB,
+        threads=6,
+        requests=1200,
+    ),
+    Workload(
+        "several at once, overlapping subclusters",
+        (Layer(filled=0.6), Layer("cluster_size=32k,extended_l2=on", filled=0.3)),
+        replace(_RUDE, largest=96, aligned_to=16),
+        size=512 * KIB,
+        threads=3,
+        requests=200,
     ),
     Workload(
         "several at once, tiny clusters",
