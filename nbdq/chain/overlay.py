@@ -16,6 +16,7 @@ from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk, FileHoles, sound_runs, statuses, zero_pieces
 from nbdq.chain.index import Runs, clip_runs, merge_granules, runs_at
 from nbdq.qcow2.entries import COMPRESSED, DESCRIPTOR_MASK, OFFSET_MASK, READS_ZERO, SUBCLUSTERS
+from nbdq.qcow2.growth import grow
 from nbdq.qcow2.guest_reads import GuestReads
 from nbdq.qcow2.guest_writes import GuestWrites
 from nbdq.qcow2.mapping import L2Table
@@ -35,7 +36,6 @@ class OverlayDisk:
     def __init__(self, top: WritableImage, below: ChainDisk | None, *, clusters: ClusterCache) -> None:
         """Take ownership of ``top`` and of ``below``, which is what ``top`` lies over; ``clusters`` is shared."""
         self.top = top
-        self.size = top.size
         self.layer_count = 1 + (len(below.layers) if below is not None else 0)
         self.below = below
         """Everything under the top; None if there is nothing."""
@@ -53,8 +53,12 @@ class OverlayDisk:
         self._extended = geometry.extended_l2
         self._granule = geometry.granule
         self._tables = top.mapping.tables
-        self._l1 = top.mapping.l1.words
         self._holes = FileHoles([top.reader])
+
+    @property
+    def size(self) -> int:
+        """Bytes, a multiple of 512."""
+        return self.top.size
 
     def _inflate(self, descriptor: int) -> bytes:
         reader = self.top.reader
@@ -66,7 +70,7 @@ class OverlayDisk:
         """Kind and host value of what ``offset`` is in the top; None if the table has to be loaded."""
         table = self._tables.get(offset >> self._l2_bits)
         if table is None:
-            return None if self._l1[offset >> self._l2_bits] & OFFSET_MASK else (Kind.UNALLOCATED, 0)
+            return None if self.top.mapping.l1.words[offset >> self._l2_bits] & OFFSET_MASK else (Kind.UNALLOCATED, 0)
         index = offset >> self._bits & self._l2_mask
         return (
             self._find_extended(table, index, offset) if self._extended else self._find_standard(table, index, offset)
@@ -267,6 +271,12 @@ class OverlayDisk:
     def discard(self, offset: int, length: int) -> None:
         """Give up the contents of whole clusters; see :class:`~nbdq.block.WritableBlockDevice`."""
         self._zeroing.discard(offset, length)
+
+    def grow(self, size: int) -> None:
+        """Make the disk larger, durably; what is new reads as zeros. See :func:`nbdq.qcow2.growth.grow`."""
+        grow(self.top, self._zeroing, size)
+        if self.below is not None:
+            self._below_size = min(self.below.size, size)
 
     def flush(self) -> None:
         """Make everything durable; see :class:`~nbdq.block.WritableBlockDevice`."""

@@ -62,6 +62,11 @@ class Mapping:
         """Memory of tables that wait for a flush."""
         return len(self._dirty) * self._cluster_size
 
+    @property
+    def needs_flush(self) -> bool:
+        """Whether anything differs from the file."""
+        return bool(self._dirty) or self.l1.needs_write
+
     def get(self, l1_index: int) -> L2Table | None:
         """The table that maps entry ``l1_index`` of the L1 table; None if nothing there was ever allocated.
 

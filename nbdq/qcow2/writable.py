@@ -178,7 +178,7 @@ class WritableImage:
             self.on_event(f"image is corrupt and read-only from now on: {text}")
             if self.header.version >= 3:
                 marked = replace(self.header, incompatible=self.header.incompatible | Incompatible.CORRUPT)
-                self._write_header(marked)
+                self.write_header(marked)
         return OSError(errno.EIO, f"the image is corrupt: {text}", self.path)
 
     def corrupt_entry(self, offset: int) -> OSError:
@@ -281,6 +281,21 @@ class WritableImage:
             for first, clusters, _ in released:
                 self.storage.punch(first * self.cluster_size, clusters * self.cluster_size)
 
+    @contextmanager
+    def quiescent(self) -> Iterator[None]:
+        """Hold the lock while everything in memory is as it is in the file.
+
+        Raises:
+            OSError: as :meth:`flush`.
+        """
+        with self._flush_lock:
+            while True:
+                self._flush()
+                with self.changing():
+                    if not self.mapping.needs_flush:
+                        yield
+                        return
+
     def grow_refcount_table(self) -> None:
         """Replace the refcount table by a longer one (A4, R-54). Without the lock, after :class:`TableFull`.
 
@@ -297,7 +312,7 @@ class WritableImage:
                 self._write(longer.writes())
                 self.storage.sync()
                 table_clusters = len(longer.table.words) * 8 // self.cluster_size
-                self._write_header(
+                self.write_header(
                     replace(
                         self.header,
                         refcount_table_offset=longer.table.offset,
@@ -353,9 +368,10 @@ class WritableImage:
             OSError: ENOSPC if the header does not fit into its cluster; else a failure that is final.
         """
         with self.lock:
-            self._write_header(header)
+            self.write_header(header)
 
-    def _write_header(self, header: Header) -> None:
+    def write_header(self, header: Header) -> None:
+        """:meth:`replace_header` under the lock."""
         old, new = build_header(self.header), build_header(header)
         new = new.ljust(len(old), b"\0")
         if new[_SECTOR:] != old[_SECTOR:]:
