@@ -40,9 +40,12 @@ _BOOLEANS = {
 
 def _size(text: str) -> int:
     try:
-        return Size().convert(text, None, None)
+        size = Size().convert(text, None, None)
     except click.BadParameter as error:
         raise NbdqError(error.message) from None
+    if size < 0:
+        raise NbdqError(f"{printable(text)!r} is negative")
+    return size
 
 
 def _number(text: str) -> int:

@@ -292,10 +292,10 @@ def write_tables(storage: FileStorage, layout: Layout) -> None:
         end = layout.cluster_count * layout.options.cluster_size
         _check_room(storage, end)
         storage.write_zeros(0, min(_PIECE, end))
-        storage.sync()  # an old header must not outlive its tables
+        storage.sync()  # as in _empty
         storage.write_zeros(0, end)
     else:
-        storage.truncate(0)
+        _empty(storage)
         storage.truncate(layout.file_size)
         storage.reserve(0, min(layout.data_offset, layout.file_size))
     blocks = _offsets(layout.refcount_blocks_offset, 0, layout.refcount_block_count, layout)
@@ -316,7 +316,7 @@ def write_header(storage: FileStorage, layout: Layout) -> None:
     Raises:
         OSError: a write failed.
     """
-    storage.write(0, build_header(layout.header)[:_SECTOR])
+    storage.write(0, build_header(layout.header)[:_SECTOR].ljust(_SECTOR, b"\0"))
     storage.sync()
 
 
@@ -334,12 +334,19 @@ def write_disk(storage: FileStorage, size: int, preallocation: Preallocation) ->
         if preallocation is Preallocation.METADATA:  # mapped: the guest will see it
             storage.write_zeros(0, size)
     else:
-        storage.truncate(0)
+        _empty(storage)
         storage.truncate(size)
     # QEMU finds out the alignment of direct I/O by reading a block that is there.
     storage.write(0, bytes(min(size, 4096)))
     _reserve_data(storage, 0, size, preallocation)
     storage.sync()
+
+
+def _empty(storage: FileStorage) -> None:
+    """Cut a file to nothing, durably: an old header must not outlive its tables."""
+    if storage.size():
+        storage.truncate(0)
+        storage.sync()
 
 
 def _check_room(device: FileStorage, length: int) -> None:
