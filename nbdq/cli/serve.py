@@ -12,9 +12,9 @@ from typing import Any
 import click
 import uvloop
 
+from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.chain.clusters import ClusterCache
-from nbdq.chain.disk import ChainDisk
-from nbdq.chain.open import open_disk
+from nbdq.chain.open import open_disk, open_writable
 from nbdq.cli.logs import configure_logging
 from nbdq.cli.options import chain_arguments, chain_options
 from nbdq.errors import ExportError, printable
@@ -23,6 +23,7 @@ from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
+from nbdq.server.writing import DetectZeroes
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,21 @@ class _Mode(click.ParamType[int]):
     help="Name of the export; once for each IMAGE.  [default: empty, or file names if there are several]",
 )
 @click.option("-D", "--description", "descriptions", multiple=True, help="Text about the export; once for each IMAGE.")
-@click.option("-r", "--read-only", is_flag=True, help="Refuse writes. Exports are read-only in any case so far.")
+@click.option("-r", "--read-only", is_flag=True, help="Refuse writes, as --load-snapshot and --force-share do too.")
+@click.option(
+    "--discard",
+    type=click.Choice(["unmap", "ignore"]),
+    default="unmap",
+    show_default=True,
+    help="Whether clients can make images give up space.",
+)
+@click.option(
+    "--detect-zeroes",
+    type=click.Choice([choice.value for choice in DetectZeroes]),
+    default=DetectZeroes.OFF.value,
+    show_default=True,
+    help="Turn writes of zeros into zeroing that keeps the space, or with unmap gives it up.",
+)
 @click.option(
     "-l",
     "--load-snapshot",
@@ -99,6 +114,8 @@ def serve_command(
     names: tuple[str, ...],
     descriptions: tuple[str, ...],
     read_only: bool,
+    discard: str,
+    detect_zeroes: str,
     snapshot: str | None,
     allocation_depth: bool,
     shared: int,
@@ -110,44 +127,65 @@ def serve_command(
 ) -> None:
     """Serve each IMAGE, with its whole chain, as an NBD export.
 
-    Prints the URI of each export when clients can connect. SIGTERM or SIGINT ends it cleanly.
+    Clients can write to IMAGE, never to what is below it. Prints the URI of each export when clients can connect.
+    SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
     configure_logging(verbosity=verbose, log_format=log_format)
     if len(images) > 1 and (chain["backing"] or snapshot):
         raise click.UsageError("--backing and --load-snapshot are for a single IMAGE")
+    if detect_zeroes == DetectZeroes.UNMAP and discard == "ignore":
+        raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
     limits = Limits()
     clusters = ClusterCache(budget=limits.inflated_bytes)
-    disks: list[ChainDisk] = []
+    read_only = read_only or snapshot is not None or chain["force_share"]
+    about: dict[str, Any] = {"allocation_depth": allocation_depth, "maximum_connections": shared}
+    writing: dict[str, Any] = {"discard": discard == "unmap", "detect_zeroes": DetectZeroes(detect_zeroes)}
+    opening: dict[str, Any] = {
+        "clusters": clusters,
+        "index_budget": limits.index_bytes // len(images),
+        **chain_arguments(**chain),
+    }
+    read: list[BlockDevice] = []
+    written: list[tuple[str, WritableBlockDevice]] = []
     try:
         exports = []
         texts = _one_each("--description", descriptions, images, default=[""] * len(images))
         for image, name, text in zip(images, _export_names(names, images), texts, strict=True):
-            disks.append(
-                open_disk(
-                    image,
-                    clusters=clusters,
-                    snapshot=snapshot,
-                    index_budget=limits.index_bytes // len(images),
-                    **chain_arguments(**chain),
-                )
-            )
-            exports.append(
-                Export.read_only(
-                    name,
-                    disks[-1],
-                    description=text,
-                    allocation_depth=allocation_depth,
-                    maximum_connections=shared,
-                )
-            )
+            if read_only:
+                read.append(open_disk(image, snapshot=snapshot, **opening))
+                exports.append(Export.read_only(name, read[-1], description=text, **about))
+            else:
+                disk = open_writable(image, on_event=_log.warning, **opening)
+                written.append((image, disk))
+                exports.append(Export.writable(name, disk, description=text, **about, **writing))
         directory = Exports(exports)
         listeners = _listen(socket, bind, port, socket_mode)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(directory, listeners, limits, pid_file))
     finally:
         clusters.close()  # first, because it may be reading the disks
-        for disk in disks:
-            disk.close()
+        for layers in read:
+            layers.close()
+        _save(written)
+
+
+def _save(disks: list[tuple[str, WritableBlockDevice]]) -> None:
+    """Make everything durable that was written, and close (R-76).
+
+    Raises:
+        ExportError: some disk could not be saved; all are closed nevertheless.
+    """
+    failures = []
+    for path, disk in disks:
+        try:
+            try:
+                disk.flush()
+            finally:
+                disk.close()
+        except OSError as error:
+            failures.append(f"{printable(path)}: what was written last may be lost: {error.strerror or error}")
+    if failures:
+        raise ExportError("; ".join(failures))
 
 
 def _export_names(names: tuple[str, ...], images: tuple[str, ...]) -> list[str]:

@@ -1,5 +1,6 @@
 """``nbdq serve``: what it takes, what it refuses before anybody can connect, and what it leaves behind."""
 
+import errno
 import os
 import socket
 import stat
@@ -8,7 +9,10 @@ from urllib.parse import quote
 
 import pytest
 
+from nbdq.server.export import Exports
+from nbdq.storage import FileStorage
 from tests.qcow2.minimal import minimal_image
+from tests.server.client import EPERM, TRIM, WRITE, Client
 from tests.support.cli import run_nbdq
 from tests.support.serving import refusal, serve
 from tests.support.tools import requires, run
@@ -195,3 +199,85 @@ def test_serving_is_quiet_unless_asked_to_tell_of_clients(image: Path) -> None:
 def test_options_of_qemu_nbd_that_change_nothing_are_taken(image: Path) -> None:
     with serve("-r", "-t", "-e", "3", image):
         pass
+
+
+# What can be written.
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "raw"
+    path.write_bytes(b"old." * (1 << 18))
+    return path
+
+
+@requires("qemu-io", "qemu-img")
+def test_an_image_can_be_written_unless_told_otherwise(tmp_path: Path) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", base, "1M")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top)
+    before = base.read_bytes()
+    with serve(top) as server:
+        run("qemu-io", "-f", "raw", "-c", "write -P 5 100k 300k", "-c", "write -z 150k 10k", server.uri())
+    run("qemu-io", "-r", "-c", "read -P 5 100k 50k", "-c", "read -P 0 150k 10k", "-c", "read -P 5 160k 240k", top)
+    assert "No errors" in run("qemu-img", "check", top)
+    assert base.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [["-r"], ["-l", "then"], ["-U"]], ids=["-r", "-l", "-U"])
+@requires("qemu-img")
+def test_what_is_read_only_or_a_snapshot_or_shared_with_a_writer_cannot_be_written(
+    tmp_path: Path, options: list[str]
+) -> None:
+    """P87."""
+    path = tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    run("qemu-img", "snapshot", "-c", "then", path)
+    before = path.read_bytes()
+    with serve(*options, path) as server, Client(str(server.socket)) as client:
+        client.go()
+        assert client.error(WRITE, 0, 512, payload=bytes(512)) == EPERM
+    assert path.read_bytes() == before
+
+
+def test_space_is_given_up_when_clients_discard_unless_that_is_to_be_ignored(raw: Path) -> None:
+    for choice, kept in (("ignore", True), ("unmap", False)):
+        with serve("-f", "raw", "--discard", choice, raw) as server, Client(str(server.socket)) as client:
+            assert client.go().error(TRIM, 0, 1 << 20) == 0
+        assert (os.stat(raw).st_blocks * 512 >= 1 << 20) == kept
+
+
+@pytest.mark.parametrize(("choice", "kept"), [("off", True), ("on", True), ("unmap", False)])
+def test_writes_of_zeros_give_up_space_if_that_is_wanted(raw: Path, choice: str, kept: bool) -> None:
+    with serve("-f", "raw", "--detect-zeroes", choice, raw) as server, Client(str(server.socket)) as client:
+        client.go()
+        assert client.error(WRITE, 0, 1 << 20, payload=bytes(1 << 20)) == 0
+        assert client.error(WRITE, 4096, 512, payload=b"x" * 512) == 0
+        assert client.read(0, 1 << 20) == bytes(4096) + b"x" * 512 + bytes((1 << 20) - 4608)
+    assert (os.stat(raw).st_blocks * 512 >= 1 << 20) == kept
+
+
+def test_giving_up_space_for_zeros_and_ignoring_that_contradict_each_other(raw: Path) -> None:
+    assert "--discard ignore forbids" in usage_error("--detect-zeroes", "unmap", "--discard", "ignore", raw)
+
+
+def test_what_was_written_and_cannot_be_saved_at_the_end_is_an_error(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-76, R-63."""
+
+    async def write_something(exports: Exports, *_: object) -> None:
+        for export in exports.by_name.values():
+            assert export.writing is not None
+            export.writing.write(0, memoryview(b"new." * 128))
+
+    def fail(_: FileStorage) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("nbdq.cli.serve._serve", write_something)
+    monkeypatch.setattr(FileStorage, "_fdatasync", fail)
+    other = tmp_path / "other-raw"
+    other.write_bytes(bytes(4096))
+    said = error("-f", "raw", "-k", tmp_path / "socket", raw, other)
+    for path in (raw, other):
+        assert f"{path}: what was written last may be lost: Input/output error" in said

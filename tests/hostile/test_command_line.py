@@ -87,7 +87,7 @@ def test_an_image_with_a_broken_table_is_served_around_it(damage: Damage) -> Non
     for mutation in damage.each():
         broken = re.search(r"guest offset (\d+)", run_nbdq("map", damage.top).stderr)
         if broken:
-            with serve(damage.top) as server:
+            with serve("-r", damage.top) as server:
                 read = f"read -q {broken[1]} 512"
                 done = execute("qemu-io", "-r", "-f", "raw", "-c", read, "-c", read, "-c", "length", server.uri())
             assert done.stdout.count("Input/output error") == 2, f"{mutation}: {done.stdout}{done.stderr}"

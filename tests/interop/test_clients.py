@@ -38,7 +38,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     image = build(DISK, directory)
     raw = directory / "raw"
     run("qemu-img", "convert", "-O", "raw", image.top, raw)
-    with serve("-A", "-x", "disk", "-D", "the words of the operator", image.top) as server:
+    with serve("-r", "-A", "-x", "disk", "-D", "the words of the operator", image.top) as server:
         yield Disk(server, server.uri("disk"), raw)
 
 
@@ -85,7 +85,7 @@ def test_every_client_lists_all_exports(tmp_path: Path) -> None:
     names = ["one", "two", "dröi 3"]
     for name in names:
         run("qemu-img", "create", "-q", "-f", "qcow2", tmp_path / f"{name}.qcow2", "1M")
-    with serve(*(tmp_path / f"{name}.qcow2" for name in names)) as server:
+    with serve("-r", *(tmp_path / f"{name}.qcow2" for name in names)) as server:
         listed = json.loads(run("nbdinfo", "--list", "--json", server.uri()))
         assert [export["export-name"] for export in listed["exports"]] == names
         assert run("nbd-client", "-l", "-unix", server.socket).splitlines()[1:] == names
@@ -147,7 +147,7 @@ def test_qemu_io_finds_every_pattern_where_it_was_written(tmp_path: Path) -> Non
     ]
     commands = [word for pattern in patterns for word in ("-c", f"read -P {pattern}")]
     commands += [word for pattern in patterns for word in ("-c", f"aio_read -P {pattern}")]
-    with serve(top) as server:
+    with serve("-r", top) as server:
         said = run("qemu-io", "-r", "-f", "raw", *commands, "-c", "aio_flush", server.uri())
         assert "verification failed" not in said
         assert said.count("read ") == 2 * len(patterns)
@@ -180,7 +180,7 @@ def test_fio_verifies_random_reads(tmp_path: Path) -> None:
     run("fio", "--name=stamp", f"--filename={raw}", "--rw=write", "--do_verify=0", *stamped, cwd=tmp_path)
     run("qemu-img", "convert", "-c", "-O", "qcow2", raw, base)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
-    with serve(top) as server:
+    with serve("-r", top) as server:
         client = ("--ioengine=nbd", f"--uri={server.uri()}", "--iodepth=16", "--numjobs=2", "--verify_fatal=1")
         run("fio", "--name=verify", "--rw=randread", *client, *stamped, cwd=tmp_path)
 
@@ -221,7 +221,7 @@ def test_nbdfuse_shows_the_disk_as_a_file(disk: Disk, tmp_path: Path) -> None:
 
 @requires("nbdinfo")
 def test_the_server_takes_its_socket_away_when_it_ends(disk: Disk) -> None:
-    with serve(disk.raw, "-f", "raw") as server:
+    with serve("-r", disk.raw, "-f", "raw") as server:
         assert server.socket.is_socket()
         assert server.socket.stat().st_mode & 0o777 == 0o600
         assert server.terminate() == 0

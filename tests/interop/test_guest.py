@@ -38,7 +38,7 @@ def test_a_guest_boots_from_the_overlay_and_reads_a_compressed_cluster_of_the_ba
     run("qemu-io", "-c", f"write -q -c -s {message} {cluster} 64k", base)  # the message in each of its sectors
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
     run("qemu-io", "-c", f"write -q -s {boot} 0 512", top)
-    with serve(top) as server:
+    with serve("-r", top) as server:
         machine = ["-machine", "pc,accel=tcg", "-m", "32", "-nodefaults", "-display", "none"]
         devices = ["-debugcon", "stdio", "-device", f"isa-debug-exit,iobase={EXIT:#x},iosize=4"]
         disk = ["-drive", f"file={server.uri()},format=raw,if=virtio,readonly=on"]

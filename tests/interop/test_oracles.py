@@ -31,7 +31,7 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def server(image: Image) -> Iterator[Server]:
     """nbdq serving the variant, with allocation depth, once for all its tests."""
-    with serve("-A", "-f", image.format, *image.options, image.top, cwd=image.directory) as running:
+    with serve("-r", "-A", "-f", image.format, *image.options, image.top, cwd=image.directory) as running:
         yield running
 
 
@@ -135,7 +135,7 @@ def test_an_internal_snapshot_is_served_as_qemu_nbd_serves_it(variant: Variant, 
     image = build(variant, tmp_path)
     peer = oracles.qemu_nbd(image, "-A", "-l", f"snapshot.name={name}")
     run("nbdcopy", "--", *peer, tmp_path / "qemu.raw")
-    with serve("-A", "-l", name, image.top) as server:
+    with serve("-r", "-A", "-l", name, image.top) as server:
         run("nbdcopy", server.uri(), tmp_path / "nbdq.raw")
         assert filecmp.cmp(tmp_path / "nbdq.raw", tmp_path / "qemu.raw", shallow=False)
         for context in ("base:allocation", "qemu:allocation-depth"):
@@ -149,7 +149,7 @@ def test_a_snapshot_has_the_size_that_the_disk_had_when_it_was_taken(resize: str
     """Q64. QEMU gives a snapshot the size of now; up to the smaller of the two sizes both read the same."""
     image = build(single("resized", steps=("write 0 2c", "write 30c 4c", "snapshot then", resize)), tmp_path)
     run("qemu-img", "convert", "-l", "then", "-O", "raw", image.top, tmp_path / "qemu.raw")
-    with serve("-l", "then", image.top) as server:
+    with serve("-r", "-l", "then", image.top) as server:
         run("nbdcopy", server.uri(), tmp_path / "nbdq.raw")
     ours, theirs = (tmp_path / "nbdq.raw").read_bytes(), (tmp_path / "qemu.raw").read_bytes()
     assert len(ours) == 40 << 16
@@ -161,7 +161,7 @@ def test_a_relative_data_file_is_found_beside_its_image(tmp_path: Path) -> None:
     """Q76: QEMU looks in its working directory, so only from there do the two agree."""
     image = build(single("relative", "data_file=guest.data"), tmp_path)
     run("qemu-img", "convert", "-O", "raw", image.top, tmp_path / "qemu", cwd=tmp_path)
-    with serve("--allow-data-file", image.top, cwd=Path("/")) as server:
+    with serve("-r", "--allow-data-file", image.top, cwd=Path("/")) as server:
         run("nbdcopy", server.uri(), tmp_path / "nbdq")
     assert filecmp.cmp(tmp_path / "nbdq", tmp_path / "qemu", shallow=False)
 
@@ -175,8 +175,8 @@ def test_an_explicit_chain_is_served_whatever_the_headers_say(tmp_path: Path) ->
     run("qemu-img", "convert", "-O", "raw", image.top, tmp_path / "qemu")
     moved = [path.rename(path.with_name(f"moved-{path.name}")) for path in image.paths]
     assert "0.raw" in refusal(moved[1])
-    with serve("--backing", f"qcow2:{moved[1]}", "--backing", f"raw:{moved[0]}", moved[2]) as server:
+    with serve("-r", "--backing", f"qcow2:{moved[1]}", "--backing", f"raw:{moved[0]}", moved[2]) as server:
         run("nbdcopy", server.uri(), tmp_path / "nbdq")
     assert filecmp.cmp(tmp_path / "nbdq", tmp_path / "qemu", shallow=False)
-    with serve("--backing", "none", moved[2]) as server:
+    with serve("-r", "--backing", "none", moved[2]) as server:
         assert oracles.block_status([server.uri()]) == [(0, 4 << 20, 3)]

@@ -42,7 +42,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     directory = tmp_path_factory.mktemp("disk")
     image = build(DISK, directory)
     run("qemu-img", "convert", "-O", "raw", image.top, directory / "raw")
-    with serve("-A", "-x", "disk", "-D", "the words of the operator", image.top) as server:
+    with serve("-r", "-A", "-x", "disk", "-D", "the words of the operator", image.top) as server:
         yield Disk(server.socket, directory / "raw")
 
 

@@ -44,7 +44,7 @@ def test_qemu_and_nbdq_see_the_same_disk_in_a_random_chain(seed: int, tmp_path: 
     run("qemu-img", "convert", "-f", image.format, "-O", "raw", image.top, raw, cwd=tmp_path)
     extents = oracles.map_extents(image)
 
-    with serve("-A", "-f", image.format, *image.options, image.top) as server:
+    with serve("-r", "-A", "-f", image.format, *image.options, image.top) as server:
         run("nbdcopy", server.uri(), copy)
         assert filecmp.cmp(raw, copy, shallow=False)
         nbdsh(READS.format(seed=seed), socket=server.socket, data=raw)

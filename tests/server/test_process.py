@@ -84,10 +84,10 @@ def test_a_signal_ends_everything_in_order(image: Path, directory: Path, number:
 
 
 def test_a_socket_has_one_server_at_a_time(image: Path, directory: Path) -> None:
-    server = Server(*RAW, image, directory=directory)
+    server = Server(*RAW, "-r", image, directory=directory)
     try:
         server.wait_until_ready()
-        assert "another server listens there" in refusal(*RAW, "-k", server.socket, image)
+        assert "another server listens there" in refusal(*RAW, "-r", "-k", server.socket, image)
         assert serves(server.socket)
     finally:
         server.kill()
