@@ -13,7 +13,7 @@ import numpy as np
 
 from nbdq.block import Kind, Piece, Status
 from nbdq.chain.clusters import ClusterCache
-from nbdq.chain.disk import ChainDisk, FileHoles, sound_runs, statuses, zero_pieces
+from nbdq.chain.disk import ChainDisk, FileHoles, new_buffer, sound_runs, statuses, zero_pieces
 from nbdq.chain.index import Runs, clip_runs, merge_granules, runs_at
 from nbdq.qcow2.entries import COMPRESSED, DESCRIPTOR_MASK, OFFSET_MASK, READS_ZERO, SUBCLUSTERS
 from nbdq.qcow2.growth import grow
@@ -176,7 +176,7 @@ class OverlayDisk:
                 elif kind in (Kind.UNALLOCATED, Kind.ZERO):
                     pieces += zero_pieces(count)
                 else:
-                    view = memoryview(bytearray(count))
+                    view = new_buffer(count)
                     if kind == Kind.DATA:
                         if not top.data.read_cached(host, view):
                             return None
@@ -256,7 +256,7 @@ class OverlayDisk:
         Raises:
             OSError: EIO where metadata is corrupt or the medium fails.
         """
-        view = memoryview(bytearray(length))
+        view = new_buffer(length)
         self._reads.read_into(offset, view)
         return [view]
 
