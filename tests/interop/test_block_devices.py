@@ -22,6 +22,8 @@ from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import resolve_chain
 from nbdq.errors import ChainError, ImageLocked
 from nbdq.storage import FileStorage
+from tests.support.libnbd import nbdsh
+from tests.support.serving import serve
 from tests.support.tools import execute, requires, run
 
 pytestmark = requires("losetup", "qemu-img", "qemu-io")
@@ -334,3 +336,51 @@ def test_whoever_extends_the_device_is_told_in_time_and_once(used_device: Path) 
         with pytest.raises(OSError, match=NO_ROOM):
             disk.write(3 * MIB, memoryview(b"x" * 4 * MIB))
         assert told[1:] == [4 * MIB]
+
+
+# Over the wire
+
+
+@requires("/usr/bin/python3")
+def test_a_client_of_a_full_device_is_told_enospc_for_that_request_and_served_on(
+    used_device: Path, tmp_path: Path
+) -> None:
+    """P98, reliability.md 2.5."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", used_device, "16M")
+    (tmp_path / "data").write_bytes(b"a" * MIB)
+    script = """
+h.connect_unix(socket)
+offset = 0
+while True:
+    try:
+        h.pwrite(data[:65536], offset)
+    except nbd.Error as error:
+        assert error.errno == "ENOSPC", error
+        break
+    offset += 65536
+assert offset > 3 << 20
+assert h.pread(offset, 0) == data[:1] * offset
+assert set(h.pread(65536, offset)) <= {0, ord("a")}
+h.flush()
+assert failure(lambda: h.pwrite(data, 15 << 20, nbd.CMD_FLAG_FUA))[0] == "ENOSPC"
+h.pwrite(b"b" * 65536, 5, nbd.CMD_FLAG_FUA)
+h.trim(1 << 20, 1 << 20)
+h.flush()
+h.pwrite(b"c" * 65536, 8 << 20)
+h.flush()
+assert h.pread(65536 + 2, 4) == b"a" + b"b" * 65536 + b"a"
+assert h.pread(65536, 8 << 20) == b"c" * 65536
+h.shutdown()
+"""
+    with serve(used_device) as server:
+        nbdsh(script, socket=server.socket, data=tmp_path / "data")
+        assert_is_sound(used_device, leaks=True)
+    assert_is_sound(used_device)
+
+
+def test_clients_read_back_what_they_write_to_a_raw_device(file: Path, device: Path) -> None:
+    with serve("-f", "raw", device) as server:
+        write = ("write -P 1 0 1M", "write -P 2 700000 70000", "write -z 64k 64k", "discard 2M 1M", "flush")
+        read = ("read -P 1 0 64k", "read -P 0 64k 64k", "read -P 2 700000 70000", "read -P 0 2M 2M")
+        run("qemu-io", "-f", "raw", *(word for line in (*write, *read) for word in ("-c", line)), server.uri())
+        assert file.read_bytes()[700_000:770_000] == b"\2" * 70_000

@@ -344,14 +344,48 @@ def test_qemu_cannot_start_writing_what_nbdq_reads_nor_after_it_the_reverse(chai
         resolve_chain(str(chain / "top"))
 
 
-def test_a_served_image_is_locked_until_the_server_ends(chain: Path) -> None:
-    """The same through the front door."""
-    with serve(chain / "top"):
+# The same through the front door
+
+
+@pytest.mark.parametrize("mode", ["--read-only", None])
+def test_a_served_image_is_locked_until_the_server_ends(chain: Path, mode: str | None) -> None:
+    options = (mode,) if mode else ()
+    with serve(*options, chain / "top") as server:
         for name in ("top", "base"):
             assert 'Failed to get "write" lock' in shell(f'qemu-io -c "write 0 4k" {name}', chain).stderr
+        done = shell("qemu-img check top", chain)
+        assert done.returncode == (0 if mode else 1)
+        assert mode or 'Failed to get shared "write" lock' in done.stderr
+        run("qemu-img", "check", "-U", "top", cwd=chain)
+        if not mode:
+            run("qemu-io", "-f", "raw", "-c", "write 0 4k", server.uri(), cwd=chain)
     run("qemu-io", "-c", "write 0 4k", "top", cwd=chain)
+
+
+def test_a_server_refuses_images_in_use_in_one_line(chain: Path) -> None:
     with qemu_io(chain / "base"):
-        message = refusal(chain / "top")
+        message = refusal("--read-only", chain / "top")
         assert re.fullmatch(r'.*/base: failed to get shared "write" lock: .*; stop .*--force-share\n', message)
         with serve("--read-only", "--force-share", chain / "top"):
             pass
+    for holder, mode in ((qemu_nbd(chain / "top"), ()), (qemu_nbd(chain / "top", "-r"), ("--read-only",))):
+        with holder:
+            message = refusal(chain / "top")
+            assert re.fullmatch(r'.*/top: failed to get "write" lock: .*; stop .* -r/--read-only .*\n', message)
+            if mode:
+                with serve(*mode, chain / "top"):
+                    pass
+
+
+def test_two_servers_write_to_one_image_never(chain: Path) -> None:
+    with serve(chain / "top"):
+        for format in ("qcow2", "raw"):
+            message = refusal("-f", format, chain / "top")
+            assert re.fullmatch(r'.*/top: failed to get "write" lock: .*\n', message)
+
+
+def test_one_server_exports_one_image_for_writing_once(chain: Path) -> None:
+    message = refusal("-x", "a", "-x", "b", chain / "top", chain / "top")
+    assert re.fullmatch(r'.*/top: failed to get "write" lock: .*\n', message)
+    with serve("--read-only", "-x", "a", "-x", "b", chain / "top", chain / "top"):
+        pass
