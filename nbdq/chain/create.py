@@ -56,9 +56,9 @@ def create_qcow2(
             data.publish()
         write_header(image.storage, layout)
         image.publish()
-        for file in (image, data):
-            if file is not None:
-                file.keep()
+        image.keep()
+        if data is not None:
+            data.keep()
 
 
 def create_raw(
@@ -118,6 +118,8 @@ class _NewFile:
             ImageError: what is there is in ``keep``, or in use, or cannot be replaced.
             OSError: nothing can be made there, or what is there is neither file nor device.
         """
+        if not os.path.basename(path):
+            raise ImageError(path, "is no name for a file", "name the file, not its directory")
         self._path = path
         self._target = os.path.realpath(path)  # a symbolic link stays, and leads to the new file
         self._old: FileStorage | None = None

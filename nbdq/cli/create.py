@@ -32,6 +32,7 @@ _FIELDS = {
     "data_file": "data_file_name",
 }
 _UNUSED = ("encryption", "nocow", "extent_size_hint")
+_NO_ENCRYPTION = "nbdq does not make encrypted images; use qemu-img, or encrypt inside the guest"
 _BOOLEANS = {
     **dict.fromkeys(("on", "yes", "true", "y"), True),
     **dict.fromkeys(("off", "no", "false", "n"), False),
@@ -72,7 +73,7 @@ def _boolean(text: str) -> bool:
 
 def _unencrypted(text: str) -> bool:
     if _boolean(text):
-        raise NbdqError("nbdq does not make encrypted images; use qemu-img, or encrypt inside the guest")
+        raise NbdqError(_NO_ENCRYPTION)
     return False
 
 
@@ -170,7 +171,9 @@ def create_command(
             if name not in _OPTIONS[format]:
                 raise NbdqError(f"{format} images have no backing file; leave out -b and -F, or use -f qcow2")
             texts[name], values[name] = text, _parse(name, _OPTIONS[format][name], text)
-    keep = _settle_backing(file, values, Policy(roots=allow_backing, force_share=True), unsafe=unsafe)
+    # The chain must still be one that can be opened when the new image is its top; a guest may be writing to it.
+    policy = Policy(roots=allow_backing, max_depth=Policy.max_depth - 1, force_share=True)
+    keep = _settle_backing(file, values, policy, unsafe=unsafe)
     if "size" not in values:
         raise NbdqError("the image needs a size: say SIZE, or a backing file to take it from")
     make = _make_qcow2 if format == "qcow2" else _make_raw
@@ -258,7 +261,7 @@ def _parse_options(words: list[str], format: str) -> tuple[dict[str, str], dict[
                 name, text = name[2:], "off"
         option = _OPTIONS[format].get(name)
         if option is None and name.startswith("encrypt."):
-            _unencrypted("on")
+            raise NbdqError(f"{printable(name)}: {_NO_ENCRYPTION}")
         if option is None:
             raise NbdqError(f"invalid parameter {printable(name)!r}; see nbdq create -f {format} -o help")
         if not equals and not option.kind.startswith("bool"):

@@ -119,6 +119,8 @@ REFUSED = [
     f"-u -F raw -b {'x' * 1024} image 1M",
     f"-u -F raw -o cluster_size=512 -b {'x' * 400} image 1M",
     "missing/image 1M",
+    "image/ 1M",
+    ". 1M",
     "-f raw -b base.raw -F raw image 1M",
     "-f raw -o cluster_size=64k image 1M",
     "-f raw -o preallocation=metadata image 1M",
