@@ -1,12 +1,13 @@
-"""Metadata contexts: from a disk's block status to the extents of the wire (P117-P119, P6, P7)."""
+"""Metadata contexts: from block status and dirty bitmaps to the extents of the wire (P117-P119, P6, P7, P48)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdq.block import Kind, Status
-from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, AllocationState
+from nbdq.block import BlockDevice, Kind, Offsets, Status
+from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, AllocationState
 
 _HOLE_AND_ZERO = AllocationState.HOLE | AllocationState.ZERO
 _BASE_FLAGS = np.zeros(max(Kind) + 1, dtype=np.uint32)
@@ -14,33 +15,54 @@ for _kind in (Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET, Kind.ZERO, Kind.ZERO_OF
     _BASE_FLAGS[_kind] = _HOLE_AND_ZERO
 _BASE_FLAGS[Kind.DATA_HOLE] = AllocationState.ZERO
 
+#: Parallel arrays of starts and flags of contiguous ranges, and the end of the last one.
+Ranges = tuple[Offsets, NDArray[np.uint32], int]
+
 #: Context name → flags of each entry of a status.
-FLAGS: dict[str, Callable[[Status], NDArray[np.uint32]]] = {
+_FLAGS: dict[str, Callable[[Status], NDArray[np.uint32]]] = {
     BASE_ALLOCATION: lambda status: _BASE_FLAGS[status.kind],
     ALLOCATION_DEPTH: lambda status: status.depth.astype(np.uint32),
 }
 
 
-def encode_extents(context: str, statuses: Iterable[Status], *, limit: int) -> bytes:
-    """Big-endian (length, flags) pairs for the wire, at most ``limit``, neighbours with equal flags merged.
+class DirtyBitmap(Protocol):
+    """What an export shows of a dirty bitmap. Any thread; never waits."""
 
-    ``statuses`` must cover less than 4 GiB; it is consumed only as far as the limit needs.
+    def ranges(self, offset: int, length: int) -> Iterator[tuple[Offsets, NDArray[np.uint8], int]]:
+        """(starts, 1 for dirty or 0, end) of contiguous ranges, in ascending chunks that cover the range exactly."""
+        ...
+
+
+def encode_context(
+    context: str, device: BlockDevice, offset: int, length: int, *, bitmaps: Mapping[str, DirtyBitmap], limit: int
+) -> bytes:
+    """What the export of ``device`` says of a range in a metadata context that it offers.
+
+    Big-endian (length, flags) pairs for the wire, at most ``limit``, neighbours with equal flags merged. The range is
+    less than 4 GiB, and looked at only as far as the limit needs. ``bitmaps`` are those of the export, by name (P48).
 
     Raises:
         OSError: there is no status even for the beginning.
     """
-    flags_of = FLAGS[context]
-    starts: list[NDArray[np.uint64]] = []
+    if context.startswith(DIRTY_BITMAP):
+        ranges = bitmaps[context[len(DIRTY_BITMAP) :]].ranges(offset, length)
+        return _encode(((start, dirty.astype(np.uint32), end) for start, dirty, end in ranges), limit=limit)
+    flags_of = _FLAGS[context]
+    statuses = _as_far_as_possible(device.status(offset, length))
+    return _encode(((status.start, flags_of(status), status.end) for status in statuses), limit=limit)
+
+
+def _encode(chunks: Iterable[Ranges], *, limit: int) -> bytes:
+    starts: list[Offsets] = []
     flags: list[NDArray[np.uint32]] = []
     count, end = 0, 0
-    for status in _as_far_as_possible(statuses):
-        values = flags_of(status)
+    for start, values, stop in chunks:
+        end = stop
         changes = np.flatnonzero(values[1:] != values[:-1]) + 1
         first_is_new = not flags or flags[-1][-1] != values[0]
         kept = np.concatenate(([0], changes)) if first_is_new else changes
-        end = status.end
         if len(kept):
-            starts.append(status.start[kept])
+            starts.append(start[kept])
             flags.append(values[kept])
             count += len(kept)
         if count > limit:  # the entry behind the last one says where the last one ends

@@ -1,13 +1,14 @@
 """Exports: named disks, as clients see them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
-from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, TransmissionFlag
+from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, TransmissionFlag
 from nbdq.nbd.handshake import ExportInfo
+from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.writing import DetectZeroes, Writing
 
 #: One process serves every connection from one device object, which keeps nothing for any of them: a flush covers what
@@ -36,6 +37,8 @@ class Export:
     """0: no limit of its own."""
     writing: Writing | None = None
     """None for a read-only export."""
+    bitmaps: Mapping[str, DirtyBitmap] = field(default_factory=dict)
+    """Those that clients may ask for, by name (P48)."""
     connection_count: int = 0
 
     @classmethod
@@ -46,16 +49,17 @@ class Export:
         *,
         description: str = "",
         allocation_depth: bool = False,
+        bitmaps: Mapping[str, DirtyBitmap] | None = None,
         maximum_connections: int = 0,
     ) -> "Export":
-        """An export that refuses every write; ``allocation_depth`` offers that metadata context too.
+        """An export that refuses every write; ``allocation_depth`` and ``bitmaps`` are offered as metadata contexts.
 
         Raises:
             ExportError: name or description is not fit for the protocol (P2).
         """
-        contexts = _contexts(allocation_depth=allocation_depth)
+        contexts = _contexts(bitmaps or (), allocation_depth=allocation_depth)
         info = ExportInfo(name, device.size, _READ_ONLY_FLAGS, description=description, contexts=contexts)
-        return cls(info, device, maximum_connections)
+        return cls(info, device, maximum_connections, bitmaps=bitmaps or {})
 
     @classmethod
     def writable(
@@ -65,6 +69,7 @@ class Export:
         *,
         description: str = "",
         allocation_depth: bool = False,
+        bitmaps: Mapping[str, DirtyBitmap] | None = None,
         maximum_connections: int = 0,
         discard: bool = True,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
@@ -76,10 +81,10 @@ class Export:
         Raises:
             ExportError: name or description is not fit for the protocol (P2).
         """
-        contexts = _contexts(allocation_depth=allocation_depth)
+        contexts = _contexts(bitmaps or (), allocation_depth=allocation_depth)
         info = ExportInfo(name, device.size, _WRITABLE_FLAGS, description=description, contexts=contexts)
         writing = Writing(device, discard=discard, detect_zeroes=detect_zeroes)
-        return cls(info, device, maximum_connections, writing)
+        return cls(info, device, maximum_connections, writing, bitmaps or {})
 
     @property
     def is_full(self) -> bool:
@@ -87,8 +92,9 @@ class Export:
         return bool(self.maximum_connections) and self.connection_count >= self.maximum_connections
 
 
-def _contexts(*, allocation_depth: bool) -> tuple[str, ...]:
-    return (BASE_ALLOCATION, ALLOCATION_DEPTH) if allocation_depth else (BASE_ALLOCATION,)
+def _contexts(bitmaps: Iterable[str], *, allocation_depth: bool) -> tuple[str, ...]:
+    depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
+    return (BASE_ALLOCATION, *depth, *(DIRTY_BITMAP + name for name in bitmaps))
 
 
 class Exports:

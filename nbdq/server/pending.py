@@ -77,6 +77,13 @@ class Pending:
         self._answered += self.payload
         self.payload = 0
 
+    def reserve_reply(self, length: int) -> bool:
+        """Reserve memory for the data of a reply that goes into the output at once, or not at all. False: wait."""
+        if not self._reserve(length):
+            return False
+        self._answered += length
+        return True
+
     def output_is_empty(self) -> None:
         """All replies that were taken have left."""
         if self._answered:

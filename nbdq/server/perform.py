@@ -15,7 +15,7 @@ from nbdq.nbd.transmission import (
     pack_simple_reply,
     wire_errno,
 )
-from nbdq.server.contexts import encode_extents
+from nbdq.server.contexts import encode_context
 from nbdq.server.export import Export
 from nbdq.server.limits import SENDFILE_LENGTH, STATUS_EXTENTS
 
@@ -31,6 +31,7 @@ class Performer:
 
     def __init__(self, export: Export, transmission: Transmission) -> None:
         self._device = export.device
+        self._bitmaps = export.bitmaps
         self._writing = export.writing
         self._transmission = transmission
         structured = transmission.negotiated.structured
@@ -106,7 +107,7 @@ class Performer:
         reply = bytearray()
         try:
             for number, name in contexts:
-                pairs = encode_extents(name, self._device.status(offset, length), limit=limit)
+                pairs = encode_context(name, self._device, offset, length, bitmaps=self._bitmaps, limit=limit)
                 done = number == contexts[-1][0]
                 reply += block_status_chunk(cookie, context_id=number, payload_length=len(pairs), done=done)
                 reply += pairs

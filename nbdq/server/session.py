@@ -283,6 +283,7 @@ class Session:
         maximum_length = self._transmission.negotiated.export.maximum_block
         begun = monotonic()
         inline = 0  # bytes that a write may have to be carried out here
+        fixed = self._writing_side is None
         if self._writing_side is not None:
             write_cached, changing, pace = self._writing_side.write_cached, pending.changing, self._writing_side.pace
             inline = INLINE_WRITE_LENGTH if pace.inline_from <= begun else 0
@@ -306,7 +307,8 @@ class Session:
                 else:
                     if data > ARENA_SIZE:
                         break
-                    pieces = gather_cached(offset, length)
+                    # What may change is copied into memory, of which the reply is the only owner.
+                    pieces = gather_cached(offset, length) if fixed or pending.reserve_reply(length) else None
                     if pieces is not None:
                         pack_header(arena, position, cookie, offset, length)
                         output.append(view[queued:data])

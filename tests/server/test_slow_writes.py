@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from nbdq.block import Piece
 from nbdq.server.export import Export
 from nbdq.server.limits import GUARANTEED_BYTES, Limits
 from nbdq.server.pace import BATCH_SECONDS, POOLED_SECONDS, Pace
@@ -210,6 +211,28 @@ def test_a_client_that_stops_within_a_payload_is_cut_and_one_that_is_slow_is_not
         time.sleep(1.3)  # who owes nothing may be silent
         assert slow.read(MIB, 512) == b"x" * 512
         assert disk.content[:MIB] == bytes(MIB)
+
+
+def test_replies_from_a_disk_that_can_change_are_counted(loop: str) -> None:
+    """R-70: such a disk gives copies where one that cannot change gives pieces of files."""
+
+    class CopyingDisk(WritableDisk):
+        copied = 0
+
+        def gather_cached(self, offset: int, length: int) -> list[Piece] | None:
+            self.copied += length
+            return [memoryview(bytes(self.content[offset : offset + length]))]
+
+    limits = Limits(process_bytes=32 * MIB)
+    disk = CopyingDisk(bytes(16 * MIB))
+    with LoopServer(Export.writable("", disk), loop=loop, limits=limits) as server:
+        for _ in range(20):
+            greedy = server.connect().go()
+            greedy.socket.sendall(b"".join(request(READ, n, 0, 16 * MIB) for n in range(64)))
+        modest = server.connect().go()
+        for _ in range(5):
+            assert modest.read(0, 200_000) == bytes(200_000)
+        assert disk.copied <= limits.process_bytes + 5 * 200_000
 
 
 def test_a_client_that_leaves_its_replies_unread_is_not_written_for(loop: str) -> None:
