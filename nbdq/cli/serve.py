@@ -13,6 +13,7 @@ import click
 import uvloop
 
 from nbdq.block import BlockDevice, WritableBlockDevice
+from nbdq.chain.bitmaps import find_bitmaps
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_disk, open_writable
 from nbdq.cli.logs import configure_logging
@@ -85,6 +86,14 @@ class _Mode(click.ParamType[int]):
     default=None,
     help="Serve an internal snapshot of IMAGE: its id or name, or snapshot.id=ID,snapshot.name=NAME.",
 )
+@click.option(
+    "-B",
+    "--bitmap",
+    "bitmaps",
+    multiple=True,
+    help="Offer this dirty bitmap of IMAGE, or of the first layer below that has one of the name, as the metadata "
+    "context qemu:dirty-bitmap:NAME; may be repeated.",
+)
 @click.option("-A", "--allocation-depth", is_flag=True, help="Offer the qemu:allocation-depth metadata context.")
 @click.option(
     "-e",
@@ -117,6 +126,7 @@ def serve_command(
     discard: str,
     detect_zeroes: str,
     snapshot: str | None,
+    bitmaps: tuple[str, ...],
     allocation_depth: bool,
     shared: int,
     persistent: bool,
@@ -131,8 +141,8 @@ def serve_command(
     SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
     configure_logging(verbosity=verbose, log_format=log_format)
-    if len(images) > 1 and (chain["backing"] or snapshot):
-        raise click.UsageError("--backing and --load-snapshot are for a single IMAGE")
+    if len(images) > 1 and (chain["backing"] or snapshot or bitmaps):
+        raise click.UsageError("--backing, --load-snapshot and --bitmap are for a single IMAGE")
     if detect_zeroes == DetectZeroes.UNMAP and discard == "ignore":
         raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
     limits = Limits()
@@ -152,11 +162,14 @@ def serve_command(
         texts = _one_each("--description", descriptions, images, default=[""] * len(images))
         for image, name, text in zip(images, _export_names(names, images), texts, strict=True):
             if read_only:
-                read.append(open_disk(image, snapshot=snapshot, **opening))
-                exports.append(Export.read_only(name, read[-1], description=text, **about))
+                layers = open_disk(image, snapshot=snapshot, **opening)
+                read.append(layers)
+                about["bitmaps"] = find_bitmaps(layers, bitmaps)
+                exports.append(Export.read_only(name, layers, description=text, **about))
             else:
                 disk = open_writable(image, on_event=_log.warning, **opening)
                 written.append((image, disk))
+                about["bitmaps"] = find_bitmaps(disk, bitmaps)
                 exports.append(Export.writable(name, disk, description=text, **about, **writing))
         directory = Exports(exports)
         listeners = _listen(socket, bind, port, socket_mode)
@@ -164,8 +177,8 @@ def serve_command(
             runner.run(_serve(directory, listeners, limits, pid_file))
     finally:
         clusters.close()  # first, because it may be reading the disks
-        for layers in read:
-            layers.close()
+        for unchanged in read:
+            unchanged.close()
         _save(written)
 
 
