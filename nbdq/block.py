@@ -193,7 +193,7 @@ class WritableBlockDevice(BlockDevice, Protocol):
         ...
 
     def zero(self, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
-        """Make the range read as zeros (P96). Without ``unmap`` later writes to it will find space.
+        """Make the range read as zeros (P96). Without ``unmap`` it keeps the space that it has.
 
         Raises:
             OSError: EOPNOTSUPP, and nothing changed, if ``fast`` and it would take as long as writing zeros; else as

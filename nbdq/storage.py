@@ -23,7 +23,8 @@ _PROBE_STRIDE = 64 << 10
 
 #: Modes of ``fallocate``, which the standard library does not offer.
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
-_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+#: Answers that say no more than that a range cannot be treated so.
+_NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EBUSY)
 
 #: The medium is full, not broken: nothing that was written before is lost, and a later write may succeed.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -234,16 +235,23 @@ class FileStorage:
         """
         self._try_fallocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
-    def write_zeros(self, offset: int, length: int, *, allocated: bool = False) -> None:
+    def write_zeros(self, offset: int, length: int, *, allocated: bool = False, fast: bool = False) -> None:
         """Make the range read as zeros; with ``allocated`` it keeps or gets space of its own.
 
         Raises:
-            OSError: as :meth:`write`.
+            OSError: EOPNOTSUPP, and nothing changed, if ``fast`` and zeros would have to be written; else as
+                :meth:`write`.
         """
         if not self.is_block_device and offset + length > self.size():
             self.truncate(offset + length)  # punching cannot make a file longer
-        if self._try_fallocate(_ZERO_RANGE if allocated else _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+        # A device may write zeros itself where it is asked to keep the space.
+        slow_device = fast and allocated and self.is_block_device
+        if not slow_device and self._try_fallocate(
+            _ZERO_RANGE if allocated else _PUNCH_HOLE | _KEEP_SIZE, offset, length
+        ):
             return
+        if fast:
+            raise OSError(errno.EOPNOTSUPP, "zeros would have to be written", self.path)
         whole, rest = divmod(length, len(_ZEROS))
         for number in range(whole):
             self.write(offset + number * len(_ZEROS), _ZEROS)

@@ -112,14 +112,9 @@ class RawDisk:
         """Make the range read as zeros (P96): a hole with ``unmap``, else with space of its own.
 
         Raises:
-            OSError: EOPNOTSUPP if ``fast``, unless the range is a hole and may stay one: nothing says beforehand
-                whether the file system can do without writing zeros. Else as :meth:`write`.
+            OSError: EOPNOTSUPP if ``fast``, and only writing zeros would do it; else as :meth:`write`.
         """
-        if fast:
-            if unmap and not any(is_data for _, _, is_data in self._storage.data_ranges(offset, offset + length)):
-                return
-            raise OSError(errno.EOPNOTSUPP, "zeroing may take as long as writing zeros", self._storage.path)
-        self._storage.write_zeros(offset, length, allocated=not unmap)
+        self._storage.write_zeros(offset, length, allocated=not unmap, fast=fast)
 
     def discard(self, offset: int, length: int) -> None:
         """Give the space of the range back, where file system or device take it; it may read as before (P95).
