@@ -118,5 +118,6 @@ class PlainWriter:
         self._freed.clear()
 
     def close(self) -> None:
-        """Leave what was not flushed unwritten, like a killed process."""
+        """Flush, and close."""
+        self.flush()
         self._storage.close()

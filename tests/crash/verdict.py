@@ -25,6 +25,8 @@ from tests.support.tools import execute
 POLICY = Policy(locking=Locking.OFF, allow_data_file=True)
 #: Exit codes of qemu-img check: nothing found, and leaks only.
 _SOUND = (0, 3)
+#: The last byte of the incompatible features; bit 0 is the dirty bit.
+_DIRTY_BYTE = 79
 
 
 class Fault(Enum):
@@ -124,11 +126,15 @@ class Bench:
             return None
         return Finding(Fault.CORRUPT, f"qemu-img check: {' '.join((done.stdout + done.stderr).split())[:400]}")
 
-    def repaired(self, values: Values) -> Finding | None:
-        """What goes wrong if leaks are repaired, after which QEMU must read the same ``values`` (C8)."""
-        done = execute("qemu-img", "check", "-r", "leaks", "-f", "qcow2", self.top, cwd=self.top.parent)
+    def is_dirty(self, contents: Sequence[bytes | bytearray]) -> bool:
+        """Whether the image says that its refcounts are not to be believed."""
+        return bool(contents[0][_DIRTY_BYTE] & 1)
+
+    def repaired(self, values: Values, *, what: str = "leaks") -> Finding | None:
+        """What goes wrong if QEMU repairs ``what``, after which it must read the same ``values`` (C8)."""
+        done = execute("qemu-img", "check", "-r", what, "-f", "qcow2", self.top, cwd=self.top.parent)
         if done.returncode != 0:
-            return Finding(Fault.UNREPAIRABLE, f"qemu-img check -r leaks: status {done.returncode}: {done.stdout}")
+            return Finding(Fault.UNREPAIRABLE, f"qemu-img check -r {what}: status {done.returncode}: {done.stdout}")
         flat = self.top.parent / "flat"
         done = execute("qemu-img", "convert", "-O", "raw", "-f", "qcow2", self.top, flat, cwd=self.top.parent)
         if done.returncode != 0:

@@ -13,10 +13,10 @@ from pathlib import Path
 from tests.crash.guest import Habits
 from tests.crash.recorder import SECTOR
 from tests.crash.stamps import Values, read_stamps, stamped
-from tests.support.tools import run
+from tests.support.tools import execute, run
 
 KIB = 1024
-#: Numbers in the stamps of the guest's first request; smaller ones say what was there before, by layer.
+#: How far the numbers in a guest's stamps are from those of what was there before, which are those of the layers.
 FIRST_NUMBER = 100
 _SNAPSHOT_FILL = 50
 
@@ -32,6 +32,8 @@ class Layer:
     format: str = "qcow2"
     snapshot: bool = False
     """Everything written is also held by an internal snapshot."""
+    dirty: bool = False
+    """Whoever used it last was killed and left refcounts that are wrong."""
     bitmap: bool = False
     """It has a persistent bitmap, enabled."""
 
@@ -47,6 +49,8 @@ class Workload:
     size: int = 512 * KIB
     requests: int = 120
     threads: int = 1
+    sessions: int = 1
+    """How often the disk is opened and closed."""
     room: int | None = None
     """Bytes that each file may be longer than at the begin."""
 
@@ -110,6 +114,11 @@ def _fill(layer: Layer, name: str, depth: int, workload: Workload, directory: Pa
         run("qemu-img", "snapshot", "-q", "-c", "before", name, cwd=directory)
         again = [start for start in starts if generator.random() < 0.3]
         _write(again, piece, depth + _SNAPSHOT_FILL, replace(layer, compressed=False), name, directory)
+    if layer.dirty:
+        killed = execute(
+            "qemu-io", "-f", layer.format, "-c", "write -P 0 0 64k", "-c", "sigraise 9", name, cwd=directory
+        )
+        assert killed.returncode < 0, killed.stderr
     if layer.bitmap:
         run("qemu-img", "bitmap", "--add", "-g", "4k", "--enable", name, "bitmap", cwd=directory)
 
@@ -202,7 +211,9 @@ WORKLOADS = (
         (Layer(filled=0.8, snapshot=True, compressed=True),),
         _BUSY,
     ),
-    Workload("with a bitmap", (Layer(filled=0.4, bitmap=True),), _SMALL),
+    Workload("with a bitmap", (Layer(filled=0.4, bitmap=True),), _SMALL, requests=60, sessions=5),
+    Workload("left dirty", (Layer("cluster_size=4k,lazy_refcounts=on", filled=0.4, dirty=True),), _SMALL, requests=30),
+    Workload("opened and closed", (Layer(filled=0.4),), _TRIMMING, requests=80, sessions=5),
     Workload(
         "an external data file",
         (Layer("cluster_size=4k,data_file=data.raw", filled=0.5),),
