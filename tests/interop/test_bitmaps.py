@@ -166,6 +166,22 @@ def test_bitmaps_that_we_stored_are_those_that_qemu_would_have_stored(shape: Sha
     assert run("qemu-img", "compare", "-q", ours, theirs) == ""
 
 
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_a_disk_that_was_written_from_end_to_end_is_dirty_from_end_to_end_to_qemu(
+    cluster_size: int, tmp_path: Path
+) -> None:
+    """Table entries that say "all ones", which QEMU reads and never writes (Q66)."""
+    path = tmp_path / "disk"
+    size = 9 * cluster_size * 8 * 512 // 2 + 512  # four whole clusters of bits, and a part of a fifth
+    create(path, Shape(size, cluster_size, (512,)))
+    with writable(path) as disk:
+        disk.zero(0, size, unmap=True)
+    assert qemu_says(path, "512") == we_say(path, "512") == [Status(0, size, 1)]
+    run("qemu-img", "check", "-q", path)
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 512", path)
+    assert we_say(path, "512") == [Status(0, size, 1)]
+
+
 def test_qemu_goes_on_with_the_bitmaps_that_we_stored(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     create(path, Shape(64 * M, 65536, (65536, M)))
