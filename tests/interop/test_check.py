@@ -263,6 +263,24 @@ def test_snapshots_without_their_sizes_get_them_from_the_image(tmp_path: Path) -
     assert by_nbdq(path).verdict == by_qemu(path).verdict == Verdict(0, 0, 0)
 
 
+def test_snapshots_with_too_much_extra_data_lose_some_of_it(tmp_path: Path) -> None:
+    path = build(single("snapshots", steps=(*KINDS, "snapshot first", "write 0 1c")), tmp_path).top
+    raw = path.read_bytes()
+    ((start, entry),) = Anatomy(raw).snapshot_entries()
+    end = start + 40 + entry["extra_length"]
+    with path.open("r+b") as file:
+        file.seek(start + 36)
+        file.write((2000).to_bytes(4, "big") + raw[start + 40 : end].ljust(2000, b"?"))
+        file.write(raw[end : end + entry["id_length"] + entry["name_length"]])
+    shutil.copy(path, theirs := tmp_path / "theirs.qcow2")
+    assert by_nbdq(path).verdict.status == by_qemu(path).verdict.status == 1
+    assert by_nbdq(path, "-r", "all").verdict == by_qemu(theirs, "-r", "all").verdict == Verdict(0, 0, 0)
+    assert by_qemu(path).verdict == by_nbdq(theirs).verdict == Verdict(0, 0, 0)
+    listing = [run("qemu-img", "snapshot", "-l", image) for image in (path, theirs)]
+    assert listing[0] == listing[1]
+    assert "first" in listing[0]
+
+
 def test_a_promise_of_bitmaps_that_are_not_there_is_taken_back(tmp_path: Path) -> None:
     """QEMU would mark the image corrupt on the guest's first write (Q16)."""
     path = _damaged("promise", tmp_path, lambda a, l2, block: [(88, 1)])
