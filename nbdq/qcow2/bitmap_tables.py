@@ -26,7 +26,8 @@ _RESERVED = np.uint64(0xFF00_0000_0000_01FE)
 #: Data clusters that are allocated and written in one go: at most so many, and not more than so many bytes.
 _PIECE_CLUSTERS, _PIECE_LENGTH = 1024, 16 << 20
 
-_MEND = "the bitmap is lost: serve the image read-only without it, or convert it with qemu-img, which drops bitmaps"
+#: How to go on with an image whose bitmaps are damaged.
+LOST = "the bitmap is lost: serve the image read-only without it, or convert it with qemu-img, which drops bitmaps"
 
 
 def table_size(size: int, granularity_bits: int, *, cluster_size: int) -> int:
@@ -61,11 +62,11 @@ def read_table(storage: FileStorage, header: Header, bitmap: Bitmap) -> Table:
     needed = table_size(header.guest_size, bitmap.granularity_bits, cluster_size=cluster_size)
     if bitmap.table_size != needed:
         raise InvalidImage(
-            path, f"{name} has a table of {bitmap.table_size} entries, but the disk needs {needed}", _MEND
+            path, f"{name} has a table of {bitmap.table_size} entries, but the disk needs {needed}", LOST
         )
     raw = storage.read(bitmap.table_offset, needed * 8)
     if len(raw) < needed * 8:
-        raise CorruptImage(path, f"{name} has a table that goes on past the end of the file", _MEND)
+        raise CorruptImage(path, f"{name} has a table that goes on past the end of the file", LOST)
     table = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
     offsets = table & _OFFSET
     bad = (
@@ -75,18 +76,16 @@ def read_table(storage: FileStorage, header: Header, bitmap: Bitmap) -> Table:
     )
     if bad.any():
         number = int(bad.argmax())
-        raise InvalidImage(path, f"{name} has the invalid table entry {int(table[number]):#x} at {number}", _MEND)
+        raise InvalidImage(path, f"{name} has the invalid table entry {int(table[number]):#x} at {number}", LOST)
     # Of the last cluster only what the disk needs has to be there.
     used = np.full(needed, cluster_size, dtype=np.uint64)
     used[-1:] = packed_length(header.guest_size, bitmap.granularity_bits) - (needed - 1) * cluster_size
     past = (offsets != 0) & (offsets + used > storage.size())
     if past.any():
-        raise CorruptImage(
-            path, f"{name} has data at {int(offsets[past.argmax()]):#x}, past the end of the file", _MEND
-        )
+        raise CorruptImage(path, f"{name} has data at {int(offsets[past.argmax()]):#x}, past the end of the file", LOST)
     clusters = data_clusters(table)
     if len(np.unique(clusters)) < len(clusters):
-        raise CorruptImage(path, f"{name} has two table entries for one cluster", _MEND)
+        raise CorruptImage(path, f"{name} has two table entries for one cluster", LOST)
     return table
 
 
@@ -112,7 +111,7 @@ def read_bits(storage: FileStorage, header: Header, bitmap: Bitmap, table: Table
             part[:] = 0xFF
         elif entry and storage.read_into(entry, part.data) < len(part):
             raise CorruptImage(
-                storage.path, f"bitmap '{printable(bitmap.name)}' goes on past the end of the file", _MEND
+                storage.path, f"bitmap '{printable(bitmap.name)}' goes on past the end of the file", LOST
             )
     bits.clear_tail()
     return bits

@@ -13,11 +13,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdq.errors import UnsupportedImage
-from nbdq.qcow2.bitmap_tables import Table, data_clusters, read_bits, read_table, write_bits
+from nbdq.errors import CorruptImage, UnsupportedImage
+from nbdq.qcow2.bitmap_tables import LOST, Table, data_clusters, read_bits, read_table, write_bits
 from nbdq.qcow2.bitmaps import Bitmap, BitmapFlags, build_directory, iterate_bitmaps
 from nbdq.qcow2.dirty import DirtyBits, packed_length
 from nbdq.qcow2.features import Autoclear
+from nbdq.qcow2.fields import SNAPSHOT_ENTRY_SIZE
 from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
 
@@ -151,11 +152,13 @@ class DirtyBitmaps:
 
         Raises:
             UnsupportedImage: the directory cannot be written anew in its place. Nothing has changed.
+            CorruptImage: to give up clusters of the bitmaps would be to give up something else. Nothing has changed.
             OSError: the file cannot be written.
         """
         assert self._marked is None, "bitmaps are in use already"
         consistent = [tracked for tracked in self._bitmaps if tracked.bits is not None]
         if consistent:
+            _refuse_overlaps(storage.path, header, consistent)
             entries = [tracked.entry for tracked in self._bitmaps]
             _rewrite_directory(
                 storage, header, [replace(entry, flags=entry.flags | BitmapFlags.IN_USE) for entry in entries]
@@ -244,6 +247,27 @@ def _rewrite_directory(storage: FileStorage, header: Header, entries: Iterable[B
     storage.write(extension.directory_offset, directory)
     storage.sync()
     _write_autoclear(storage, header.autoclear)
+
+
+def _refuse_overlaps(path: str, header: Header, bitmaps: Iterable[_Tracked]) -> None:
+    """See that no two bitmaps share a cluster, and none has one that the header names for something else.
+
+    Raises:
+        CorruptImage: they do.
+    """
+    areas = [
+        (0, header.cluster_size),
+        (header.l1_table_offset, header.l1_size * 8),
+        (header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size),
+        (header.snapshots_offset, header.snapshot_count * SNAPSHOT_ENTRY_SIZE),
+    ]
+    if header.bitmaps is not None:
+        areas.append((header.bitmaps.directory_offset, header.bitmaps.directory_size))
+    others = [np.arange(offset, offset + length, header.cluster_size, dtype=np.uint64) for offset, length in areas]
+    places, counts = np.unique(np.concatenate([_clusters(bitmaps, header), *others]), return_counts=True)
+    if counts.max() > 1:
+        place = int(places[counts.argmax()])
+        raise CorruptImage(path, f"its dirty bitmaps share the cluster at {place:#x} with something else", LOST)
 
 
 def _clusters(bitmaps: Iterable[_Tracked], header: Header) -> NDArray[np.uint64]:

@@ -284,6 +284,30 @@ def test_damaged_bitmaps_are_an_error_and_leave_the_image_alone() -> None:
     assert content_of(storage) == content
 
 
+def test_a_writer_refuses_bitmaps_whose_clusters_are_something_else() -> None:
+    """After the first store they would be free for new data."""
+    content, header = lay_out([bitmap("b0", data=b"\x01"), bitmap("b1")])
+    assert header.bitmaps is not None
+    storage = stored(content)
+    first, second = read_bitmaps(storage, header)
+    storage.close()
+    for place in (
+        header.l1_table_offset,
+        header.refcount_table_offset,
+        header.bitmaps.directory_offset,
+        first.table_offset,
+        second.table_offset,
+        second.table_offset - CLUSTER,
+    ):
+        damaged = bytearray(content)
+        damaged[first.table_offset : first.table_offset + 8] = place.to_bytes(8, "big")
+        storage = stored(damaged)
+        with pytest.raises(CorruptImage, match=f"share the cluster at {place:#x} with something else"):
+            take_over_bitmaps(storage, header)
+        assert content_of(storage) == damaged
+        storage.close()
+
+
 # A medium that fails, and crashes.
 
 
