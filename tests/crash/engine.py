@@ -1,8 +1,9 @@
 """The engine under test, as ``nbdq serve`` opens it, and its own opinions about what a crash left."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from nbdq.block import WritableBlockDevice
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_writable
 from nbdq.errors import ImageError
+from nbdq.qcow2 import guest_writes, mapping, refcounts, writable
 from nbdq.qcow2.bitmap_tables import load_bits
 from nbdq.qcow2.bitmaps import BitmapFlags, read_bitmaps
 from nbdq.qcow2.check import check_image
@@ -31,6 +33,19 @@ class _NoReadAhead(ClusterCache):
 def open_engine(path: Path) -> WritableBlockDevice:
     """The chain whose top is at ``path``, for writing."""
     return open_writable(str(path), format="qcow2", policy=POLICY, clusters=_NoReadAhead(budget=1 << 20))
+
+
+@contextlib.contextmanager
+def crowded() -> Iterator[None]:
+    """Let the engine have so little memory that it forgets tables, flushes and splits writes all the time."""
+    with (
+        patch.object(mapping, "_L2_BUDGET", 8 << 9),
+        patch.object(refcounts, "_BLOCK_BUDGET", 4 << 9),
+        patch.object(writable, "_FREED_BUDGET", 16 << 10),
+        patch.object(writable, "_DIRTY_BUDGET", 6 << 9),
+        patch.object(guest_writes, "_PART_BYTES", 4 << 10),
+    ):
+        yield
 
 
 def own_check(bench: Bench, _values: Values) -> Finding | None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nbdq.block import WritableBlockDevice
+from tests.crash.engine import crowded
 from tests.crash.guest import FULL, Guest, History, Verb
 from tests.crash.recorder import NEVER, Act, Entry, Recorder
 from tests.crash.schedule import Schedule
@@ -68,7 +69,12 @@ def record(
     sessions = 1 if recovering else workload.sessions
     requests = _REQUESTS_AFTER_RECOVERY if recovering else workload.requests // sessions
     finding = None
-    with recorder.installed(), schedule.installed() if schedule is not None else ExitStack():
+    with ExitStack() as stack:
+        stack.enter_context(recorder.installed())
+        if schedule is not None:
+            stack.enter_context(schedule.installed())
+        if workload.crowded:
+            stack.enter_context(crowded())
         try:
             for _ in range(sessions):
                 disk = opener(live.top)

@@ -19,7 +19,7 @@ from nbdq.locks import Locking
 from tests.crash.guest import Allowed
 from tests.crash.recorder import SECTOR
 from tests.crash.stamps import ELSEWHERE, GARBAGE, Values, as_rows, read_stamps, whole_stamps
-from tests.crash.workloads import Prepared
+from tests.crash.workloads import SNAPSHOT, Prepared
 from tests.support.tools import execute
 
 POLICY = Policy(locking=Locking.OFF, allow_data_file=True)
@@ -96,14 +96,14 @@ class Bench:
             finally:
                 os.close(descriptor)
 
-    def read(self) -> Values:
-        """What the guest finds, through nbdq's reader.
+    def read(self, snapshot: str | None = None) -> Values:
+        """What the guest finds, through nbdq's reader, or what it would find in an internal snapshot.
 
         Raises:
             ImageError, OSError: it does not open, or cannot be read.
         """
         clusters = ClusterCache(budget=1 << 20)
-        disk = open_disk(str(self.top), format="qcow2", policy=POLICY, clusters=clusters)
+        disk = open_disk(str(self.top), format="qcow2", policy=POLICY, clusters=clusters, snapshot=snapshot)
         try:
             content = bytearray(disk.size)
             disk.read_into(0, memoryview(content))
@@ -118,6 +118,16 @@ class Bench:
             return self.read()
         except (ImageError, OSError) as error:
             return Finding(Fault.UNREADABLE, str(error))
+
+    def look_at_snapshot(self) -> Finding | None:
+        """Whether an internal snapshot still holds what it always held."""
+        if self.prepared.snapshot is None:
+            return None
+        try:
+            differing = np.flatnonzero(self.read(SNAPSHOT) != self.prepared.snapshot)
+        except (ImageError, OSError) as error:
+            return Finding(Fault.UNREADABLE, f"the snapshot: {error}")
+        return Finding(Fault.LOST, f"sectors of the snapshot: {differing[:8]}") if len(differing) else None
 
     def qemu_check(self) -> Finding | None:
         """What ``qemu-img check`` says (C2)."""

@@ -19,6 +19,7 @@ KIB = 1024
 #: How far the numbers in a guest's stamps are from those of what was there before, which are those of the layers.
 FIRST_NUMBER = 100
 _SNAPSHOT_FILL = 50
+SNAPSHOT = "before"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Workload:
     threads: int = 1
     sessions: int = 1
     """How often the disk is opened and closed."""
+    crowded: bool = False
+    """The engine has next to no memory for tables."""
     room: int | None = None
     """Bytes that each file may be longer than at the begin."""
 
@@ -61,6 +64,11 @@ class Workload:
     def data_file(self) -> str | None:
         return "data.raw" if "data_file" in self.layers[-1].options else None
 
+    @property
+    def data_file_is_disk(self) -> bool:
+        """The data file alone reads like the disk (Q80)."""
+        return "data_file_raw=on" in self.layers[-1].options
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -70,11 +78,13 @@ class Prepared:
     written: tuple[str, ...]
     """Names of the files that change: the top, then its data file."""
     initial: Values
+    snapshot: Values | None = None
+    """What the internal snapshot holds, for ever."""
 
     def copy_to(self, directory: Path) -> "Prepared":
         """The same files elsewhere."""
         shutil.copytree(self.directory, directory, dirs_exist_ok=True)
-        return Prepared(directory, self.written, self.initial)
+        return replace(self, directory=directory)
 
     @property
     def top(self) -> Path:
@@ -97,11 +107,18 @@ def prepare(workload: Workload, directory: Path) -> Prepared:
         run(*command, cwd=directory)
         _fill(layer, name, depth, workload, directory)
         below = name
-    run("qemu-img", "convert", "-O", "raw", "top", "flat", cwd=directory)
-    initial = read_stamps((directory / "flat").read_bytes())
+    written = ("top", *((workload.data_file,) if workload.data_file else ()))
+    snapshot = _flat(directory, "-l", SNAPSHOT) if workload.layers[-1].snapshot else None
+    return Prepared(directory, written, _flat(directory), snapshot)
+
+
+def _flat(directory: Path, *options: str) -> Values:
+    """What QEMU reads from the whole chain."""
+    run("qemu-img", "convert", "-O", "raw", *options, "top", "flat", cwd=directory)
+    values = read_stamps((directory / "flat").read_bytes())
     (directory / "flat").unlink()
-    assert initial.min() >= 0
-    return Prepared(directory, ("top", *((workload.data_file,) if workload.data_file else ())), initial)
+    assert values.min() >= 0
+    return values
 
 
 def _fill(layer: Layer, name: str, depth: int, workload: Workload, directory: Path) -> None:
@@ -111,7 +128,7 @@ def _fill(layer: Layer, name: str, depth: int, workload: Workload, directory: Pa
     starts = sorted(generator.sample(range(0, sectors, piece), int(layer.filled * sectors / piece)))
     _write(starts, piece, depth + 1, layer, name, directory)
     if layer.snapshot:
-        run("qemu-img", "snapshot", "-q", "-c", "before", name, cwd=directory)
+        run("qemu-img", "snapshot", "-q", "-c", SNAPSHOT, name, cwd=directory)
         again = [start for start in starts if generator.random() < 0.3]
         _write(again, piece, depth + _SNAPSHOT_FILL, replace(layer, compressed=False), name, directory)
     if layer.dirty:
@@ -218,6 +235,27 @@ WORKLOADS = (
         "an external data file",
         (Layer("cluster_size=4k,data_file=data.raw", filled=0.5),),
         _TRIMMING,
+    ),
+    Workload(
+        "an external data file that is the disk",
+        (Layer("cluster_size=4k,data_file=data.raw,data_file_raw=on", filled=0.5),),
+        _TRIMMING,
+    ),
+    Workload(
+        "crowded",
+        (Layer("cluster_size=512,refcount_bits=64", filled=0.5, snapshot=True),),
+        Habits(largest=64, discard=12, hot=0.5),
+        requests=100,
+        crowded=True,
+    ),
+    Workload(
+        "several at once, crowded",
+        (Layer(filled=0.5), Layer("cluster_size=512,refcount_bits=64", filled=0.3)),
+        Habits(largest=48, discard=12, hot=0.5, rude=0.3),
+        size=256 * KIB,
+        requests=200,
+        threads=4,
+        crowded=True,
     ),
     Workload("several at once", habits=_BUSY, threads=4, requests=160),
     Workload("several at once over a base", (Layer(filled=0.7), Layer()), _BUSY, threads=4, requests=160),
