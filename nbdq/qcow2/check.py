@@ -313,8 +313,10 @@ class _Auditor:
             references = np.minimum(references, most)
             low = refcounts < references
             result.corrupt_each(int(low.sum()), _mismatches("cluster", wrong, refcounts, references, low))
-            leaked = refcounts > references
-            result.leak_each(int(leaked.sum()), _mismatches("leaked cluster", wrong, refcounts, references, leaked))
+            leaked, outside = refcounts > references, wrong >= cluster_count
+            for name, chosen in (("leaked", leaked & ~outside), ("leaked outside of the file:", leaked & outside)):
+                texts = _mismatches(f"{name} cluster", wrong, refcounts, references, chosen)
+                result.leak_each(int(chosen.sum()), texts)
         result.image_end_offset = (highest + 1) << self._bits
 
     def _find_shared_metadata(self, stored: StoredRefcounts, tables: L2Tables) -> None:

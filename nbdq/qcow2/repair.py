@@ -93,6 +93,7 @@ def repair_dirty(storage: FileStorage, header: Header) -> Header:
 
 
 def _mend_all(storage: FileStorage, header: Header, audit: Audit) -> tuple[Header, int]:
+    punch = _may_punch(audit.result)
     if Autoclear.BITMAPS in header.autoclear and header.bitmaps is None:
         header = replace(header, autoclear=header.autoclear & ~Autoclear.BITMAPS)
         _write_features(storage, header)
@@ -103,12 +104,12 @@ def _mend_all(storage: FileStorage, header: Header, audit: Audit) -> tuple[Heade
     if audit.result.rebuild_needed or snapshots is not None:
         header = _rebuild_refcounts(storage, header, snapshots)
         audit = audit_image(storage, header)
-    _mend_refcounts(storage, audit, Repair.ALL)
+    _mend_refcounts(storage, audit, Repair.ALL, punch=punch)
     return header, _mend_copied(storage, audit)
 
 
 def _mend_leaks(storage: FileStorage, header: Header, audit: Audit) -> int:
-    _mend_refcounts(storage, audit, Repair.LEAKS)
+    _mend_refcounts(storage, audit, Repair.LEAKS, punch=_may_punch(audit.result))
     between = check_image(storage, header)
     # What was shared by mistake is not so any more; but COPIED is believed only where all refcounts can be.
     if between.leaks or between.check_errors or between.corruptions > between.copied_errors:
@@ -116,8 +117,16 @@ def _mend_leaks(storage: FileStorage, header: Header, audit: Audit) -> int:
     return _mend_copied(storage, audit)
 
 
-def _mend_refcounts(storage: FileStorage, audit: Audit, what: Repair) -> None:
-    """Set the refcounts that have a block, as far as ``what`` allows, make that durable, and give back the space."""
+def _may_punch(found: CheckResult) -> bool:
+    """Where anything is corrupt, what looks leaked may be what is missed elsewhere, and be wanted back one day."""
+    return found.corruptions == found.copied_errors
+
+
+def _mend_refcounts(storage: FileStorage, audit: Audit, what: Repair, *, punch: bool) -> None:
+    """Set the refcounts that have a block, as far as ``what`` allows, and make that durable.
+
+    Then ``punch`` the clusters that are free now, which gives their space back.
+    """
     most = np.uint64(max_refcount(audit.refcount_order))
     freed: list[tuple[int, int]] = []
     for number in sorted({*audit.stored.pages(), *audit.counts.pages()}):
@@ -130,13 +139,13 @@ def _mend_refcounts(storage: FileStorage, audit: Audit, what: Repair) -> None:
             wanted = np.minimum(wanted, stored)
         if not np.array_equal(stored, wanted):
             audit.stored.replace_page(number, wanted)
-            gone = np.flatnonzero((wanted == 0) & (stored > 0) & (audit.counts.page(number) == 0))
+            gone = np.flatnonzero((wanted == 0) & (stored > 0))
+            gone = gone[gone + number * PAGE < audit.cluster_count]
             freed += [(number * PAGE + first, count) for first, count in _runs(gone)]
     storage.sync()
-    if not audit.result.corruptions:  # else what looks leaked may be what is missed elsewhere
-        bits = audit.geometry.cluster_bits
-        for first, count in freed:
-            storage.punch(first << bits, count << bits)
+    bits = audit.geometry.cluster_bits
+    for first, count in freed if punch else ():
+        storage.punch(first << bits, count << bits)
 
 
 def _runs(places: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -134,6 +134,15 @@ def test_repairing_leaks_lowers_refcounts_and_gives_back_the_space() -> None:
     storage.close()
 
 
+def test_what_leaked_stays_in_the_file_while_anything_else_is_corrupt() -> None:
+    image = _damage("leak")
+    put(image, L1, COPIED)  # as if a stray write had hit the L1 table: all of the disk is leaked now
+    storage = opened(image)
+    assert repair(storage).result.is_clean
+    assert storage.read(L2, 4 * CLUSTER) == image[L2 : L2 + 4 * CLUSTER]
+    storage.close()
+
+
 @pytest.mark.parametrize("name", ["no block", "no refcounts", "no table"])
 def test_repairing_leaks_leaves_broken_refcounts_alone(name: str) -> None:
     storage = opened(image := _damage(name))
