@@ -150,6 +150,31 @@ def test_other_clients_receiving_meanwhile_do_not_disturb_payloads_that_wait(loo
     assert bytes(disk.content[: 300 * 512]) == b"".join(noise(512, n) for n in range(300))
 
 
+def test_memory_of_a_payload_that_waits_in_the_pool_is_not_used_for_another(loop: str) -> None:
+    disk = WritableDisk(CONTENT, cached=False)
+    with LoopServer(Export.writable("", disk), loop=loop) as server:
+        client = server.connect().go()
+
+        def write_in_pieces(offset: int, payload: bytes) -> None:
+            reserved = server.reserved
+            client.socket.sendall(client.pack(WRITE, offset, len(payload)) + payload[:100])
+            server.wait_for(lambda: server.reserved > reserved, "memory for the payload")
+            client.socket.sendall(payload[100:])
+
+        with disk.blocked():
+            write_in_pieces(0, noise(200_000, 1))
+            disk.wait_for_request()
+            disk.cached = True
+            for number in range(2, 5):
+                write_in_pieces(1 * MIB, noise(1000, number))
+                assert client.reply().error == 0
+                write_in_pieces(2 * MIB, noise(200_000, number))
+                assert client.reply().error == 0
+                assert disk.content[2 * MIB :][:200_000] == noise(200_000, number)
+        assert client.reply().error == 0
+        assert disk.content[:200_000] == noise(200_000, 1)
+
+
 def test_zeroes_and_trims_change_their_range_only(client: Client, disk: WritableDisk) -> None:
     """P95, P96."""
     assert client.error(WRITE_ZEROES, 1000, 5000) == 0
