@@ -4,7 +4,6 @@ Nothing is kept in memory, neither data nor where the holes are: the kernel answ
 clients, and programs that write to the file beside us, see one disk. Must not know NBD or event loops.
 """
 
-import errno
 from collections.abc import Iterator
 
 import numpy as np

@@ -27,6 +27,8 @@ from nbdq.qcow2.fields import (
     MAGIC,
     MAX_BACKING_NAME,
     SNAPSHOT_ENTRY_SIZE,
+    V2_LENGTH,
+    V3_LENGTH,
     build_fields,
     check_features,
     check_tables,
@@ -44,7 +46,11 @@ __all__ = [
     "Incompatible",
     "build_header",
     "read_header",
+    "update_fields",
 ]
+
+#: Where and how long the backing name is.
+_NAME = slice(8, 20)
 
 _TRUNCATED = "the file was cut off: restore the image from a copy"
 
@@ -206,12 +212,28 @@ def build_header(header: Header) -> bytes:
     name_offset = header.header_length + len(extensions)
     if name_offset + len(name) > header.cluster_size:
         raise OSError(errno.ENOSPC, "header extensions and backing file name do not fit into the first cluster")
-    fixed = build_fields(
+    fixed = _build_fixed(header, name_offset=name_offset if name else 0, name_length=len(name))
+    return (fixed + header.unknown_fields)[: header.header_length] + extensions + name
+
+
+def update_fields(sector: bytes, header: Header) -> bytes:
+    """The first sector of cluster 0 with the fields of ``header`` in it, and everything else as it was.
+
+    Extensions and backing name, which another program may have laid out differently, stay where they are; so only what
+    is in the fixed fields may differ from the header in the file.
+    """
+    fixed = _build_fixed(header, name_offset=0, name_length=0)
+    kept = V3_LENGTH if header.version >= 3 else V2_LENGTH
+    return fixed[: _NAME.start] + sector[_NAME] + fixed[_NAME.stop : kept] + sector[kept:]
+
+
+def _build_fixed(header: Header, *, name_offset: int, name_length: int) -> bytes:
+    return build_fields(
         {
             "magic": MAGIC,
             "version": header.version,
-            "backing_file_offset": name_offset if name else 0,
-            "backing_file_size": len(name),
+            "backing_file_offset": name_offset,
+            "backing_file_size": name_length,
             "cluster_bits": header.cluster_bits,
             "size": header.size,
             "crypt_method": header.crypt_method,
@@ -230,7 +252,6 @@ def build_header(header: Header) -> bytes:
             "padding": bytes(7),
         }
     )
-    return (fixed + header.unknown_fields)[: header.header_length] + extensions + name
 
 
 def _backing_name(path: str, fields: Any, head: bytes) -> str | None:

@@ -41,7 +41,7 @@ def grow(image: WritableImage, zeroing: Zeroing, size: int) -> None:
         if hidden > old:
             zeroing.zero(old, hidden - old, unmap=True, fast=False)
         image.flush()
-        image.replace_header(replace(image.header, size=size))
+        image.update_header(replace(image.header, size=size))
     except BaseException:
         image.size = old
         raise

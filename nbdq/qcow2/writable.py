@@ -23,7 +23,7 @@ from nbdq.block import LowerDisk
 from nbdq.errors import CorruptImage
 from nbdq.qcow2.allocator import Allocator, Run, TableFull
 from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK, Geometry
-from nbdq.qcow2.format import Header, Incompatible, build_header
+from nbdq.qcow2.format import Header, Incompatible, update_fields
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.mapping import Mapping, l1_problem
 from nbdq.qcow2.metadata import metadata_clusters
@@ -358,26 +358,20 @@ class WritableImage:
             self.protected.remove(offset // self.cluster_size, cluster_count)
             self.allocator.free(offset // self.cluster_size, cluster_count)
 
-    def replace_header(self, header: Header) -> None:
-        """Write cluster 0 anew, durably; :attr:`header` is ``header`` from now on.
+    def update_header(self, header: Header) -> None:
+        """Change fixed fields of the header, durably; :attr:`header` is ``header`` from now on.
 
-        What does not fit into the first sector is durable before that sector is written, so that a crash leaves either
-        header, as long as nothing that the old one names has moved (R-55).
+        One sector is written, so that a crash leaves either header (R-54, R-55). Extensions and backing name stay.
 
         Raises:
-            OSError: ENOSPC if the header does not fit into its cluster; else a failure that is final.
+            OSError: a failure that is final.
         """
         with self.lock:
             self.write_header(header)
 
     def write_header(self, header: Header) -> None:
-        """:meth:`replace_header` under the lock."""
-        old, new = build_header(self.header), build_header(header)
-        new = new.ljust(len(old), b"\0")
-        if new[_SECTOR:] != old[_SECTOR:]:
-            self.storage.write(_SECTOR, new[_SECTOR:])
-            self.storage.sync()
-        self.storage.write(0, new[:_SECTOR])
+        """:meth:`update_header` under the lock."""
+        self.storage.write(0, update_fields(self.storage.read(0, _SECTOR), header))
         self.storage.sync()
         self.header = header
 
@@ -389,13 +383,20 @@ class WritableImage:
         """
         try:
             if not self.is_corrupt and self.storage.failure is None:
-                if self.bitmaps is not None:
-                    self.bitmaps.store(self)
+                self._store_bitmaps()
                 self.flush()
                 if self.refcounts.needs_flush:  # what was freed is lowered now
                     self.flush()
         finally:
             self.reader.close()
+
+    def _store_bitmaps(self) -> None:
+        """Losing them is a pity for backups, no reason to lose data: in the file they still are in use (R-57)."""
+        try:
+            if self.bitmaps is not None:
+                self.bitmaps.store(self)
+        except OSError as error:
+            self.on_event(f"{self.path}: dirty bitmaps are lost, they cannot be stored: {error.strerror}")
 
     def table_range(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(L1 index, first entry, count) of each L2 table's part of the guest range; clusters count whole."""

@@ -18,6 +18,7 @@ from nbdq.qcow2.format import (
     Incompatible,
     build_header,
     read_header,
+    update_fields,
 )
 from nbdq.storage import FileStorage
 from tests.qcow2.minimal import minimal_header, minimal_image, poke, stored
@@ -507,3 +508,16 @@ def test_no_bytes_in_cluster_0_break_the_reader(base: Header, words: dict[int, i
             assert 0 <= header.guest_size < 1 << 63
             assert header.l1_size <= 4 << 20
         assert message.isprintable()
+
+
+def test_changing_fields_leaves_extensions_and_name_where_another_program_put_them() -> None:
+    """R-55: a header without feature name table, as other writers lay it out, must not lose its backing file."""
+    name = b"base.qcow2"
+    laid_out = bytearray(build_header(minimal_header(size=1 << 20)).ljust(512, b"\0"))
+    laid_out[112:136] = bytes.fromhex("e2792aca00000005") + b"qcow2\0\0\0" + bytes(8)
+    laid_out[136 : 136 + len(name)] = name
+    laid_out[8:20] = (136).to_bytes(8, "big") + len(name).to_bytes(4, "big")
+    changed = update_fields(bytes(laid_out), minimal_header(size=2 << 20))
+    assert len(changed) == 512
+    assert changed[24:32] == (2 << 20).to_bytes(8, "big")
+    assert changed[:24] + changed[32:] == laid_out[:24] + laid_out[32:]
