@@ -60,6 +60,7 @@ def open_writable(
     backing: Sequence[tuple[str, str]] | None = None,
     index_budget: int = INDEX_BUDGET,
     punch: bool = True,
+    write_threshold: int | None = None,
     on_event: Callable[[str], None] = lambda text: None,
 ) -> RawDisk | OverlayDisk:
     """Open the chain whose top image is ``path`` to read and write it. The caller owns the disk.
@@ -68,6 +69,7 @@ def open_writable(
 
     Args:
         punch: give the space of clusters that became free back to the file system.
+        write_threshold: host offset; ``on_event`` is told once when an allocation in the top passes it.
         on_event: told in one line of what an operator should know; called from any thread, possibly with locks held.
 
     The others are those of :func:`open_disk`.
@@ -87,6 +89,8 @@ def open_writable(
             below = ChainDisk(_layers(resolved[1:]), clusters=clusters, index_budget=index_budget)
         header = prepare_for_writing(top.storage, top.header)
         image = WritableImage(top.storage, header, data=top.data_storage, below=below, punch=punch, on_event=on_event)
+        image.allocator.threshold = write_threshold
+        image.allocator.on_threshold = lambda end: on_event(f"{path}: allocation has passed the write threshold: {end}")
         taken = take_over_bitmaps(top.storage, header)
         if taken.lost is not None:
             on_event(f"{path}: dirty bitmaps are lost: {taken.lost}")

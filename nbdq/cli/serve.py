@@ -17,7 +17,7 @@ from nbdq.chain.bitmaps import find_bitmaps
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_disk, open_writable
 from nbdq.cli.logs import configure_logging
-from nbdq.cli.options import chain_arguments, chain_options
+from nbdq.cli.options import Size, chain_arguments, chain_options
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.export import Export, Exports
@@ -80,6 +80,12 @@ class _Mode(click.ParamType[int]):
     help="Turn writes of zeros into zeroing that keeps the space, or with unmap gives it up.",
 )
 @click.option(
+    "--write-threshold",
+    type=Size(),
+    default=None,
+    help="Warn in the log when an image file grows past this, in time to extend a thin volume.",
+)
+@click.option(
     "-l",
     "--load-snapshot",
     "snapshot",
@@ -125,6 +131,7 @@ def serve_command(
     read_only: bool,
     discard: str,
     detect_zeroes: str,
+    write_threshold: int | None,
     snapshot: str | None,
     bitmaps: tuple[str, ...],
     allocation_depth: bool,
@@ -167,7 +174,7 @@ def serve_command(
                 about["bitmaps"] = find_bitmaps(layers, bitmaps)
                 exports.append(Export.read_only(name, layers, description=text, **about))
             else:
-                disk = open_writable(image, on_event=_log.warning, **opening)
+                disk = open_writable(image, write_threshold=write_threshold, on_event=_log.warning, **opening)
                 written.append((image, disk))
                 about["bitmaps"] = find_bitmaps(disk, bitmaps)
                 exports.append(Export.writable(name, disk, description=text, **about, **writing))
