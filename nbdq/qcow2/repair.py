@@ -8,6 +8,7 @@ changed in place, each by one aligned write of 8 bytes that a crash either shows
 import errno
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +166,8 @@ def _mend_copied(storage: FileStorage, audit: Audit) -> int:
     table, bits = audit.active_l1, audit.geometry.cluster_bits
     fixed = 0
     for index, entry, refcount in copied_mismatches_l1(storage, table, audit.stored, bits):
+        if not _stands_alone(audit, table):
+            break
         right = _without_overflow(audit, (entry & OFFSET_MASK).astype(np.int64) >> bits, refcount)
         _write_l1_entries(storage, table, index[right], entry[right] ^ COPIED)
         fixed += int(right.sum())
@@ -202,7 +205,7 @@ def _mend_entries(storage: FileStorage, header: Header, audit: Audit) -> bool:
             places = np.flatnonzero(misplaced & (batch.entry & ZERO != 0) & np.bool_(header.version >= 3))
             cleared = np.full(len(places), ZERO)
         changed += _write_entries(storage, audit, rows, words, batch, places, cleared)
-    for table in audit.l1_tables:
+    for table in filter(partial(_stands_alone, audit), audit.l1_tables):
         for begin in range(0, table.size, L1_PIECE):
             data = storage.read(table.offset + begin * 8, min(L1_PIECE, table.size - begin) * 8)
             entries = np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
@@ -210,6 +213,13 @@ def _mend_entries(storage: FileStorage, header: Header, audit: Audit) -> bool:
             _write_l1_entries(storage, table, empty + begin, np.zeros(len(empty), dtype=np.uint64))
             changed += len(empty)
     return changed > 0
+
+
+def _stands_alone(audit: Audit, table: L1Table) -> bool:
+    """Whether nothing else is in the clusters of an L1 table, so that writing its entries spoils nothing."""
+    bits = audit.geometry.cluster_bits
+    clusters = np.arange(table.offset >> bits, (table.offset + table.size * 8 - 1 >> bits) + 1)
+    return bool((audit.counts.of(clusters) == table.weight).all())
 
 
 def _write_l1_entries(

@@ -161,6 +161,17 @@ def test_a_refcount_that_was_too_high_leaves_its_cluster_to_the_guest_alone() ->
     storage.close()
 
 
+def test_an_l1_table_in_a_cluster_that_is_also_something_else_is_not_written_to() -> None:
+    image = small_image()
+    poke(image, l1_table_offset=6 * CLUSTER, l1_size=2, size=128 * CLUSTER)
+    put(image, 6 * CLUSTER, COPIED)  # flags without a table, elsewhere to be cleared
+    put(image, 6 * CLUSTER + 8, COPIED | L2)
+    storage = opened(image)
+    assert repair(storage).result.corruptions
+    assert storage.read(6 * CLUSTER, CLUSTER) == image[6 * CLUSTER : 7 * CLUSTER]
+    storage.close()
+
+
 def test_nothing_is_written_to_a_sound_image() -> None:
     storage = opened(small_image())
     assert repair(storage) == Repaired(check_image(storage, read_header_to_check(storage)), 0, 0)
