@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic
 
+import numpy as np
+
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import Command
 from nbdq.nbd.transmission import RawRequest, Transmission
@@ -220,7 +222,7 @@ class Session:
             self._transmission.provide(memoryview(self._memory)[:length])
         else:
             self._memory = None
-            self._transmission.provide(memoryview(bytearray(length)))
+            self._transmission.provide(np.empty(length, dtype=np.uint8).data)  # clearing it would take a third more
         self._payload_count += 1
         return True
 
