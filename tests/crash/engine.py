@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import numpy as np
 
-from nbdq.block import WritableBlockDevice
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_writable
 from nbdq.errors import ImageError
@@ -18,6 +17,7 @@ from nbdq.qcow2.check import check_image
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage
+from tests.crash.guest import Disk
 from tests.crash.recorder import SECTOR
 from tests.crash.stamps import Values
 from tests.crash.verdict import POLICY, Bench, Fault, Finding
@@ -30,7 +30,7 @@ class _NoReadAhead(ClusterCache):
         """Leave it."""
 
 
-def open_engine(path: Path) -> WritableBlockDevice:
+def open_engine(path: Path) -> Disk:
     """The chain whose top is at ``path``, for writing."""
     return open_writable(str(path), format="qcow2", policy=POLICY, clusters=_NoReadAhead(budget=1 << 20))
 

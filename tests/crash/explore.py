@@ -8,12 +8,11 @@ import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from tests.crash.guest import Allowed
 from tests.crash.recorder import SECTOR, Entry
@@ -30,10 +29,8 @@ _AFTER_RECOVERY = 60
 _TOLD = 5
 
 
-class Judge(Protocol):
-    """A further opinion about a state, which the bench holds and the guest reads as ``values``."""
-
-    def __call__(self, bench: Bench, values: Values) -> Finding | None: ...
+#: A further opinion about a state, which the bench holds and the guest reads as these values.
+Judge = Callable[[Bench, Values], Finding | None]
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,29 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdq.block import WritableBlockDevice
 from tests.crash.recorder import NEVER, SECTOR, Recorder
 from tests.crash.stamps import ZEROS, Values, stamped
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Disk(Protocol):
+    """As much of a :class:`nbdq.block.WritableBlockDevice` as a guest uses that only writes, and reads at the end."""
+
+    @property
+    def size(self) -> int: ...
+    def read_into(self, offset: int, view: memoryview) -> None: ...
+    def write_cached(self, offset: int, view: memoryview) -> bool: ...
+    def write(self, offset: int, view: memoryview) -> None: ...
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Verb(Enum):
@@ -170,7 +184,7 @@ class Habits:
 class Guest:
     """A guest with habits. Several on one disk share their history."""
 
-    def __init__(self, disk: WritableBlockDevice, history: History, habits: Habits, generator: random.Random) -> None:
+    def __init__(self, disk: Disk, history: History, habits: Habits, generator: random.Random) -> None:
         self._disk = disk
         self._history = history
         self._habits = habits

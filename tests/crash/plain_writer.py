@@ -73,7 +73,7 @@ class PlainWriter:
                 self._entries[index] = host | _COPIED
             offset, view = offset + count, view[count:]
 
-    def zero(self, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
+    def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Free whole clusters, overwrite the rest."""
         end = offset + length
         while offset < end:

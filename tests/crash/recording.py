@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from nbdq.block import WritableBlockDevice
 from tests.crash.engine import crowded
-from tests.crash.guest import FULL, Guest, History, Verb
+from tests.crash.guest import FULL, Disk, Guest, History, Verb
 from tests.crash.recorder import NEVER, Act, Entry, Recorder
 from tests.crash.schedule import Schedule
 from tests.crash.stamps import read_stamps
@@ -18,7 +17,7 @@ from tests.crash.verdict import Fault, Finding, compare
 from tests.crash.workloads import FIRST_NUMBER, Prepared, Workload
 
 #: Opens the disk whose top image lies at the path, for writing, with whatever is below it.
-Opener = Callable[[Path], WritableBlockDevice]
+Opener = Callable[[Path], Disk]
 
 #: Requests of a guest whose disk was opened again after a crash.
 _REQUESTS_AFTER_RECOVERY = 14
@@ -100,7 +99,7 @@ def _work(guests: Sequence[Guest], schedule: Schedule | None, share: int) -> Non
         schedule.run(jobs)
 
 
-def _look(disk: WritableBlockDevice, history: History) -> Finding | None:
+def _look(disk: Disk, history: History) -> Finding | None:
     """Whether the guest reads back what it wrote, without any crash."""
     content = bytearray(disk.size)
     disk.read_into(0, memoryview(content))
@@ -108,7 +107,7 @@ def _look(disk: WritableBlockDevice, history: History) -> Finding | None:
     return finding and Finding(finding.fault, f"before any crash: {finding.text}")
 
 
-def _close(disk: WritableBlockDevice, history: History) -> None:
+def _close(disk: Disk, history: History) -> None:
     """Closing is the last flush."""
     request = history.begin(Verb.FLUSH)
     try:

@@ -3,6 +3,7 @@
 ``python -m tests.crash`` does the same for as many states as one likes.
 """
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 from tests.crash.engine import believed_bitmaps, open_engine, own_check
 from tests.crash.explore import Explorer, scratch
 from tests.crash.mutants import MUTANTS, Mutant
-from tests.crash.workloads import WORKLOADS, Workload, by_name
+from tests.crash.recording import record
+from tests.crash.workloads import WORKLOADS, Workload, by_name, prepare
 from tests.support.tools import requires
 
 pytestmark = requires("qemu-img", "qemu-io")
 
-_STATES = 100
+_STATES = 70
 _STATES_FOR_A_MUTANT = 2000
 
 
@@ -34,6 +36,20 @@ def test_a_power_cut_loses_nothing_that_was_flushed_and_shows_nothing_foreign(
     explorer.run(workload, 1, states=_STATES, recoveries=1, repairs=1)
     assert not explorer.figures.failures, str(explorer.figures.failures[0])
     assert explorer.figures.states >= _STATES * 0.8
+
+
+@pytest.mark.parametrize("name", ["small requests", "several at once over a base"])
+def test_a_run_can_be_repeated_from_its_seed(name: str, directory: Path) -> None:
+    workload = by_name()[name]
+    prepared = prepare(workload, directory)
+    runs = []
+    for number in range(2):
+        live = prepared.copy_to(directory / str(number))
+        recording = record(workload, live, open_engine, random.Random(7), recovering=False)
+        assert recording.finding is None
+        requests = list(map(str, recording.history.requests))
+        runs.append(([(each.act, each.offset, each.data, each.begun) for each in recording.entries], requests))
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("mutant", [pytest.param(mutant, id=name) for name, mutant in MUTANTS.items()])

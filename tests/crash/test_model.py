@@ -1,11 +1,13 @@
 """What may be on a medium after a power cut, and what a guest may then read: the model, without any disk."""
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nbdq.qcow2.dirty import DirtyBits
 from nbdq.storage import FileStorage
 from tests.crash.guest import History, Verb
 from tests.crash.recorder import SECTOR, Act, Entry, Recorder
@@ -232,7 +234,7 @@ def test_the_same_seed_gives_the_same_schedule_and_another_one_another() -> None
                 steps.append(number)
                 schedule.pause()
 
-        schedule.run([lambda number=number: work(number) for number in range(3)])
+        schedule.run([partial(work, number) for number in range(3)])
         return steps
 
     orders = [order(seed) for seed in (1, 1, 2)]
@@ -240,11 +242,9 @@ def test_the_same_seed_gives_the_same_schedule_and_another_one_another() -> None
 
 
 def test_a_deadlock_is_found_and_not_waited_for() -> None:
-    import nbdq.qcow2.writable as module
-
     schedule = Schedule(1)
     with schedule.installed():
-        locks = [module.threading.Lock(), module.threading.Lock()]
+        locks = [DirtyBits(512, 9)._lock, DirtyBits(512, 9)._lock]
 
     def take(first: int, second: int) -> None:
         with locks[first]:

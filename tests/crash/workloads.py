@@ -171,12 +171,37 @@ WORKLOADS = (
     Workload("trimming over a base", (Layer(filled=0.7), Layer(filled=0.5)), _TRIMMING, requests=160),
     Workload("a full medium", habits=_TRIMMING, requests=160, room=120 * KIB),
     Workload(
+        "a full medium, tiny clusters",
+        (Layer(filled=0.5), Layer("cluster_size=512,refcount_bits=64")),
+        _TRIMMING,
+        size=256 * KIB,
+        requests=160,
+        room=60 * KIB,
+    ),
+    Workload("preallocated", (Layer("cluster_size=4k,preallocation=metadata", filled=0.2),), _TRIMMING),
+    Workload(
         # The table of 64 entries counts 2 MiB, of which the fill leaves a little.
         "a growing refcount table",
         (Layer("cluster_size=512,refcount_bits=64", filled=0.625),),
         Habits(largest=48, discard=4, zero=4),
         size=3072 * KIB,
+        requests=40,
+    ),
+    Workload(
+        "a growing refcount table on a medium soon full",
+        (Layer("cluster_size=512,refcount_bits=64", filled=0.625),),
+        _BUSY,
+        size=3072 * KIB,
+        requests=60,
+        room=90 * KIB,
+    ),
+    Workload(
+        "several at once, a growing refcount table",
+        (Layer("cluster_size=512,refcount_bits=64", filled=0.625),),
+        _BUSY,
+        size=3072 * KIB,
         requests=80,
+        threads=4,
     ),
     Workload(
         "refcounts of one bit",
