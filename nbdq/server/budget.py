@@ -1,10 +1,10 @@
-"""Reply memory, counted: a share for each connection and a bound for the process (R-70)."""
+"""Memory for replies and payloads, counted: a share for each connection and a bound for the process (R-70)."""
 
 from collections.abc import Callable
 
 
 class Budget:
-    """Bytes that requests in progress and unsent replies may hold, for the whole process. Loop thread only.
+    """Bytes that requests and unsent replies may hold, for the whole process. Loop thread only.
 
     Who is refused is called back, first come first served, when enough bytes have been given back. A request larger
     than the whole budget is admitted when nothing else is reserved, so nobody waits for ever.

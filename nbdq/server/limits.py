@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 #: Replies of one batch are assembled in an arena of this size.
 ARENA_SIZE = 256 << 10
+#: Arenas that wait for their next use.
+ARENAS_KEPT = 64
 #: From this length on, file data goes to the socket by reference instead of through the arena.
 SENDFILE_LENGTH = 32 << 10
 #: Up to this length a payload may be written on the loop thread: 60 µs of copying.

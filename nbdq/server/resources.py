@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from nbdq.nbd.transmission import BUFFER_SIZE
 from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
-from nbdq.server.limits import Limits
+from nbdq.server.limits import ARENA_SIZE, ARENAS_KEPT, Limits
 
 
 @dataclass
@@ -19,5 +19,13 @@ class Resources:
     budget: Budget
     receive_buffer: bytearray = field(default_factory=lambda: bytearray(BUFFER_SIZE))
     """Every session is done with what it received, or has copied it, before the next one receives."""
-    arenas: list[bytearray] = field(default_factory=list)
-    """Buffers of ARENA_SIZE that no session holds: for replies, and for payloads of about that length."""
+    _arenas: list[bytearray] = field(default_factory=list)
+
+    def borrow_arena(self) -> bytearray:
+        """A buffer of ARENA_SIZE, for replies or for a payload of about that length."""
+        return self._arenas.pop() if self._arenas else bytearray(ARENA_SIZE)
+
+    def return_arena(self, arena: bytearray) -> None:
+        """Nobody uses ``arena`` any more; a few are kept, for fresh memory is slow."""
+        if len(self._arenas) < ARENAS_KEPT:
+            self._arenas.append(arena)

@@ -69,10 +69,10 @@ class Session:
         )
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
-        self._memory: bytearray | None = None  # the arena that the last such payload was received into
+        self._memory: bytearray | None = None  # the arena that a payload was received into, if it was one
         self._backlog: deque[RawRequest] = deque()
         self._reading = False
-        self._writing = False
+        self._sending = False  # the socket is watched for room
         self._stopping = ""  # the reason, once no further request will be read
         self._ended = False
         self._stall: asyncio.TimerHandle | None = None
@@ -104,8 +104,8 @@ class Session:
             return
         self._ended = True
         self._pause_reading()
-        if self._writing:
-            self._writing = False
+        if self._sending:
+            self._sending = False
             self._resources.loop.remove_writer(self._socket.fileno())
         self._watch_stall(waiting=False)
         if self._payload_stall is not None:
@@ -185,16 +185,16 @@ class Session:
             return
         if drained:
             if self._arena is not None:
-                self._resources.arenas.append(self._arena)
+                self._resources.return_arena(self._arena)
                 self._arena = None
             self._pending.output_is_empty()
-            if self._writing:
-                self._writing = False
+            if self._sending:
+                self._sending = False
                 self._resources.loop.remove_writer(self._socket.fileno())
                 self._watch_stall(waiting=False)
         else:
-            if not self._writing:
-                self._writing = True
+            if not self._sending:
+                self._sending = True
                 self._resources.loop.add_writer(self._socket.fileno(), self._guard, self._on_writable)
             self._watch_stall(waiting=True)
 
@@ -216,9 +216,8 @@ class Session:
             return True
         if not self._pending.reserve_payload(length):
             return False
-        if ARENA_SIZE // 2 <= length <= ARENA_SIZE:  # used again, because fresh memory of this size is slow
-            arenas = self._resources.arenas
-            self._memory = arenas.pop() if arenas else bytearray(ARENA_SIZE)
+        if ARENA_SIZE // 2 <= length <= ARENA_SIZE:
+            self._memory = self._resources.borrow_arena()
             self._transmission.provide(memoryview(self._memory)[:length])
         else:
             self._memory = None
@@ -237,7 +236,7 @@ class Session:
 
     def _judge_payload(self, count: int, missing: int) -> None:
         self._payload_stall = None
-        if (self._payload_count, self._transmission.missing) == (count, missing):
+        if self._reading and (self._payload_count, self._transmission.missing) == (count, missing):
             self._end("client does not send the rest of a WRITE")
         else:
             self._watch_payload()
@@ -246,7 +245,7 @@ class Session:
         """The WRITE whose payload has memory of its own was answered at once."""
         self._pending.payload_done()
         if self._memory is not None:
-            self._resources.arenas.append(self._memory)
+            self._resources.return_arena(self._memory)
             self._memory = None
 
     # Serving.
@@ -273,8 +272,8 @@ class Session:
 
     def _serve_batch(self) -> bool:
         """Fill one arena with replies and send it; False when the backlog must wait for the pool or the budgets."""
-        arenas, output, backlog = self._resources.arenas, self._output, self._backlog
-        self._arena = arena = arenas.pop() if arenas else bytearray(ARENA_SIZE)
+        output, backlog = self._output, self._backlog
+        self._arena = arena = self._resources.borrow_arena()
         view = memoryview(arena)
         queued = position = 0  # arena bytes before `queued` are in the output already
         size = self._device.size
