@@ -5,7 +5,7 @@ import os
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nbdq.storage import FileStorage
+from nbdq.storage import Data, FileStorage, sync_directory_of
 
 CONTENT = random.Random(0).randbytes(300_000)
 
@@ -350,3 +350,313 @@ def test_a_file_system_that_talks_nonsense_is_not_asked_for_ever(
 ) -> None:
     monkeypatch.setattr(os, "lseek", lambda _, offset, whence: data if whence == os.SEEK_DATA else hole)
     assert list(storage.data_ranges(0, 8 * M)) == [(0, 8 * M, True)]
+
+
+# Writing.
+
+
+class Disk(FileStorage):
+    """The four system calls that change files: recorded, made to fail, or to do less than they should."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        super().__init__(descriptor, path)
+        self.calls: list[tuple[Any, ...]] = []
+        self.failures: list[int] = []
+        """Errno of the next calls; 0 for success."""
+        self.longest = 1 << 40
+        """Bytes that one write takes at most."""
+
+    def _next(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self.failures and (number := self.failures.pop(0)):
+            raise OSError(number, os.strerror(number))
+
+    def _pwritev(self, buffers: Sequence[Data], offset: int) -> int:
+        self._next("write", offset, [len(buffer) for buffer in buffers])
+        left, short = self.longest, []
+        for buffer in buffers:
+            short.append(memoryview(buffer)[:left])
+            left -= len(short[-1])
+        return super()._pwritev(short, offset)
+
+    def _fdatasync(self) -> None:
+        self._next("sync")
+        super()._fdatasync()
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        self._next("fallocate", mode, offset, length)
+        super()._fallocate(mode, offset, length)
+
+    def _ftruncate(self, size: int) -> None:
+        self._next("truncate", size)
+        super()._ftruncate(size)
+
+
+@pytest.fixture
+def written(path: str) -> Iterator[Disk]:
+    found = Disk.open(path, writable=True)
+    yield found
+    found.close()
+
+
+def bytes_of(storage: FileStorage) -> bytes:
+    return Path(storage.path).read_bytes()
+
+
+def failure(call: Callable[[], object]) -> int:
+    """The errno that ``call`` fails with, 0 if it does not fail, -1 for a failure that names no file."""
+    try:
+        call()
+    except OSError as error:
+        return error.errno or -1 if error.filename else -1
+    return 0
+
+
+def test_what_was_opened_for_reading_cannot_be_written(storage: FileStorage) -> None:
+    assert failure(lambda: storage.write(0, b"x")) == errno.EBADF
+    assert bytes_of(storage) == CONTENT
+
+
+@pytest.mark.parametrize("longest", [1, 7, 512, 1000, 1 << 40])
+@pytest.mark.parametrize("offset", [0, 1001, 299_000, 400_000])
+def test_a_write_that_the_system_takes_in_parts_is_completed(written: Disk, longest: int, offset: int) -> None:
+    """Linux writes at most 2 GiB at once, and less on a signal or when the medium is nearly full."""
+    written.longest = longest
+    data = random.Random(offset).randbytes(3001)
+    expected = bytearray(CONTENT.ljust(offset + len(data), b"\0"))
+    expected[offset : offset + len(data)] = data
+    written.write(offset, memoryview(data))
+    assert bytes_of(written) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_vector_that_the_system_takes_in_parts_is_completed(written: Disk, seed: int) -> None:
+    """Wherever one call ends: within a buffer, between two, or before empty ones."""
+    chance = random.Random(seed)
+    buffers = [chance.randbytes(chance.choice((0, 1, 511, 512, chance.randrange(3000)))) for _ in range(6)]
+    whole = b"".join(buffers)
+    written.longest = chance.choice((1, 100, 512, 1024, len(whole) // 2 + 1))
+    written.write_vector(5000, buffers)
+    assert bytes_of(written) == CONTENT[:5000] + whole + CONTENT[5000 + len(whole) :]
+
+
+def test_a_vector_is_one_system_call_unless_it_has_more_buffers_than_the_system_takes(storage: FileStorage) -> None:
+    written = Disk.open(storage.path, writable=True)
+    written.write_vector(10, [b"ab", b"c", b"def"])
+    assert written.calls == [("write", 10, [2, 1, 3])]
+    many = [bytes([number % 256]) for number in range(2500)]
+    written.write_vector(100, many)
+    assert bytes_of(written) == CONTENT[:10] + b"abcdef" + CONTENT[16:100] + b"".join(many) + CONTENT[2600:]
+    written.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EBADF, errno.ENXIO])
+@pytest.mark.parametrize("how", ["write", "vector", "truncate", "punch", "zero", "reserve"])
+def test_after_a_failed_change_nothing_is_written_any_more(written: Disk, how: str, number: int) -> None:
+    """R-63: the kernel has forgotten what it could not write; whoever goes on builds on sand."""
+    written.failures = [number]
+    change: dict[str, Callable[[], object]] = {
+        "write": lambda: written.write(0, b"x"),
+        "vector": lambda: written.write_vector(0, [b"x", b"y"]),
+        "truncate": lambda: written.truncate(5),
+        "punch": lambda: written.punch(0, 4096),
+        "zero": lambda: written.write_zeros(0, 4096),
+        "reserve": lambda: written.reserve(0, 4096),
+    }
+    assert failure(change[how]) == number
+    assert written.failure is not None
+    done = len(written.calls)
+    for again in (*change.values(), written.sync):
+        assert failure(again) == errno.EIO
+    assert len(written.calls) == done, "the system was asked again"
+    assert bytes_of(written) == CONTENT
+    assert written.read(0, 10) == CONTENT[:10]  # what is there can still be read
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_sync_that_failed_once_never_succeeds(written: Disk, number: int) -> None:
+    """R-63: a second fdatasync would return 0 without having saved anything. ENOSPC is no better here."""
+    written.write(0, b"x")
+    written.failures = [number]
+    assert failure(written.sync) == number
+    for _ in range(2):
+        assert failure(written.sync) == errno.EIO
+        assert failure(lambda: written.write(0, b"x")) == errno.EIO
+    assert [call[0] for call in written.calls] == ["write", "sync"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_medium_is_told_and_forgotten(written: Disk, number: int) -> None:
+    """Nothing that was there before is lost, and there may be room again."""
+    written.failures = [number] * 4
+    assert failure(lambda: written.write(0, b"x")) == number
+    assert failure(lambda: written.write_vector(0, [b"x"])) == number
+    assert failure(lambda: written.truncate(400_000)) == number
+    assert failure(lambda: written.reserve(300_000, 4096)) == number
+    assert written.failure is None
+    written.write(0, b"abc")
+    written.sync()
+    assert bytes_of(written) == b"abc" + CONTENT[3:]
+
+
+def test_a_medium_that_becomes_full_in_the_middle_of_a_write_says_so(written: Disk) -> None:
+    written.longest, written.failures = 1000, [0, 0, errno.ENOSPC]
+    assert failure(lambda: written.write(0, bytes(4000))) == errno.ENOSPC
+    assert bytes_of(written) == bytes(2000) + CONTENT[2000:]
+    assert written.failure is None
+
+
+def test_the_first_failure_is_the_one_that_is_told(written: Disk) -> None:
+    written.failures = [errno.EROFS]
+    failure(lambda: written.write(0, b"x"))
+    with pytest.raises(OSError, match=r"Read-only file system.*reopen"):
+        written.sync()
+
+
+# Space.
+
+
+def test_reserved_space_reads_as_zeros_and_changes_no_contents(written: Disk) -> None:
+    written.reserve(299_000, 200_000)
+    found = bytes_of(written)
+    assert found == CONTENT + bytes(499_000 - len(CONTENT))
+    assert written.allocated_size() >= 499_000 - 4096
+
+
+def test_nothing_is_reserved_on_a_device(written: Disk) -> None:
+    """It has its space, and would zero what is there."""
+    written.is_block_device = True
+    written.reserve(0, 4096)
+    assert written.calls == []
+
+
+def test_punching_gives_space_back_and_makes_no_file_shorter_or_longer(written: Disk) -> None:
+    written.sync()
+    before = written.allocated_size()
+    written.punch(0, 128 << 10)
+    assert written.allocated_size() <= before - (64 << 10)
+    written.punch(1 << 20, 4096)
+    assert written.size() == len(CONTENT)
+    assert bytes_of(written)[128 << 10 :] == CONTENT[128 << 10 :]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EBUSY])
+def test_a_file_system_without_holes_loses_space_but_nothing_else(written: Disk, number: int) -> None:
+    written.failures = [number, number, number]
+    written.punch(0, 4096)
+    written.reserve(0, 4096)
+    assert written.failure is None
+    assert bytes_of(written) == CONTENT
+    written.write_zeros(1000, 3_000)
+    assert bytes_of(written) == CONTENT[:1000] + bytes(3000) + CONTENT[4000:]
+
+
+@pytest.mark.parametrize("allocated", [False, True])
+@pytest.mark.parametrize("can", [True, False])
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(0, 1), (4096, 8192), (1001, 70_001), (299_999, 1), (299_000, 9000), (350_000, 1), (0, 3 << 20)],
+)
+def test_zeros_are_zeros_however_they_are_made(
+    written: Disk, offset: int, length: int, allocated: bool, can: bool
+) -> None:
+    """Aligned or not, behind the end of the file too, with or without help from the file system."""
+    if not can:
+
+        def refuse(mode: int, offset: int, length: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+        written._fallocate = refuse  # type: ignore[method-assign]
+    expected = bytearray(CONTENT.ljust(offset + length, b"\0"))
+    expected[offset : offset + length] = bytes(length)
+    written.write_zeros(offset, length, allocated=allocated)
+    assert bytes_of(written) == expected
+    wrote = any(call[0] == "write" for call in written.calls)
+    assert wrote == (not can), "zeros were written although the file system makes them" if can else "no zeros"
+
+
+def test_zeros_that_keep_their_space_have_it_afterwards(written: Disk) -> None:
+    written.write_zeros(0, 256 << 10, allocated=True)
+    assert written.allocated_size() >= 256 << 10
+
+
+def test_fast_zeros_are_refused_before_anything_changes_where_they_would_have_to_be_written(written: Disk) -> None:
+    """Z4."""
+    written.failures = [errno.EOPNOTSUPP]
+    assert failure(lambda: written.write_zeros(0, 4096, fast=True)) == errno.EOPNOTSUPP
+    assert bytes_of(written) == CONTENT
+    written.write_zeros(0, 4096, fast=True)
+    assert bytes_of(written) == bytes(4096) + CONTENT[4096:]
+
+
+def test_a_file_is_cut_and_grows_by_zeros(written: Disk) -> None:
+    written.truncate(1000)
+    assert bytes_of(written) == CONTENT[:1000]
+    written.truncate(2000)
+    assert bytes_of(written) == CONTENT[:1000] + bytes(1000)
+
+
+def test_a_file_system_that_is_full_says_so_when_zeros_have_to_be_written(written: Disk) -> None:
+    written.failures = [errno.EOPNOTSUPP, errno.ENOSPC]
+    assert failure(lambda: written.write_zeros(0, 4096)) == errno.ENOSPC
+    assert written.failure is None
+
+
+# New files.
+
+
+def test_a_new_file_is_empty_and_can_be_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    storage = FileStorage.create(str(path), mode=0o600)
+    storage.write(5, b"abc")
+    assert storage.read(0, 100) == b"\0\0\0\0\0abc"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not os.get_inheritable(storage.descriptor)
+    storage.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "directory"])
+def test_nothing_that_exists_is_taken_for_a_new_file(kind: str, tmp_path: Path) -> None:
+    """Nor what a link of that name leads to, which somebody else may have put there."""
+    path, target = tmp_path / "new", tmp_path / "target"
+    if kind == "file":
+        path.write_bytes(b"old")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(target)
+        if kind == "link":
+            target.write_bytes(b"old")
+    before = descriptors()
+    with pytest.raises(FileExistsError):
+        FileStorage.create(str(path))
+    assert descriptors() == before
+    assert not target.exists() or target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["new", "./new", "sub/new"])
+def test_the_directory_that_holds_a_new_name_is_synced(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    before = descriptors()
+    sync_directory_of(name)
+    sync_directory_of(str(tmp_path / name))
+    assert synced == [str((tmp_path / name).parent)] * 2
+    assert descriptors() == before
+
+
+def test_a_directory_that_cannot_be_synced_is_told_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    before = descriptors()
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_directory_of(str(tmp_path / "new"))
+    assert descriptors() == before
+    with pytest.raises(FileNotFoundError):
+        sync_directory_of(str(tmp_path / "none" / "new"))
