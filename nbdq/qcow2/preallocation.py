@@ -5,9 +5,9 @@ promises much more than the file holds, block status looks for holes in the file
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbdq.qcow2.format import Header
+from nbdq.qcow2.refcount_widths import unpack
 from nbdq.storage import FileStorage
 
 _BLOCK_OFFSET_MASK = np.uint64(0xFFFF_FFFF_FFFF_FE00)
@@ -41,17 +41,8 @@ def is_metadata_preallocated(storage: FileStorage, header: Header) -> bool:
         if block_offset >= file_size:
             continue  # reads as zeros
         block = storage.read(block_offset, cluster_size)
-        counts = _nonzero_counts(block, header.refcount_order)
+        counts = unpack(block[: len(block) // 8 * 8], header.refcount_order)
         referenced += int(np.count_nonzero(counts[: end_cluster - number * block_clusters]))
         if referenced >= threshold:
             return True
     return False
-
-
-def _nonzero_counts(block: bytes, refcount_order: int) -> NDArray[np.bool_]:
-    """Which entries of a refcount block are not zero; entries narrower than a byte start at its low end (Q26)."""
-    if refcount_order < 3:
-        bits = np.unpackbits(np.frombuffer(block, dtype=np.uint8), bitorder="little")
-        return np.asarray(bits.reshape(-1, 1 << refcount_order).any(axis=1), dtype=np.bool_)
-    width = 1 << refcount_order - 3
-    return np.asarray(np.frombuffer(block[: len(block) // width * width], dtype=f">u{width}") != 0, dtype=np.bool_)
