@@ -28,11 +28,19 @@ from tests.support.operations import Guest, Operation, Verb, random_operations
 from tests.support.scratch import scratch
 from tests.support.tools import execute, run
 from tests.support.variants import VARIANTS
-from tests.support.writing import Outcomes, play_in_process, play_over_the_wire, play_with_qemu, read_in_process
+from tests.support.writing import (
+    Outcomes,
+    play_in_process,
+    play_in_threads,
+    play_over_the_wire,
+    play_with_qemu,
+    read_in_process,
+)
 
 Rounds = Sequence[Sequence[Operation]]
 #: Makes ``nbdq`` carry operations out on an image.
 Player = Callable[[Image, Sequence[Operation]], Outcomes]
+PLAYERS: dict[str, Player] = {"process": play_in_process, "threads": play_in_threads, "wire": play_over_the_wire}
 
 
 def is_writable(variant: Variant) -> bool:
@@ -256,10 +264,10 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--operations", type=int, default=100)
-    parser.add_argument("--wire", action="store_true", help="serve over NBD instead of calling the engine")
+    parser.add_argument("--by", choices=PLAYERS, default="process", help="how nbdq does it")
     parser.add_argument("--no-shrink", action="store_true", help="print failures as they are")
     words = parser.parse_args()
-    player = play_over_the_wire if words.wire else play_in_process
+    player = PLAYERS[words.by]
     failures = operations = twins = 0
     begun = time.monotonic()
     for seed in range(words.seed, words.seed + words.runs):

@@ -2,11 +2,11 @@
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from tests.server import client as nbd
 from tests.server.client import Client
-from tests.support.operations import SECTOR, Operation, Verb
+from tests.support.operations import SECTOR, Operation, Verb, independent
 
 _COMMANDS = {
     Verb.WRITE: (nbd.WRITE, 0),
@@ -105,7 +105,7 @@ class LoadClient:
         Raises:
             OSError, nbd.Disconnected: the server is gone. What was under way may have been carried out.
         """
-        for batch in _batches(operations):
+        for batch in independent(operations, most=_DEPTH, flushes=False):
             self._play_batch(batch)
 
     def _play_batch(self, batch: list[Operation]) -> None:
@@ -141,23 +141,3 @@ class LoadClient:
             assert reply.data == expected, f"{operation} shows something else"
         self._ledger.answered(operation)
         self.answered += 1
-
-
-def _batches(operations: Iterable[Operation]) -> Iterator[list[Operation]]:
-    """Neighbours that touch different sectors; a flush alone."""
-    batch: list[Operation] = []
-    for operation in operations:
-        alone = operation.verb is Verb.FLUSH
-        if batch and (alone or len(batch) == _DEPTH or any(_meet(operation, other) for other in batch)):
-            yield batch
-            batch = []
-        batch.append(operation)
-        if alone:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _meet(one: Operation, other: Operation) -> bool:
-    return one.offset < other.offset + other.length and other.offset < one.offset + one.length

@@ -6,6 +6,7 @@ because the system's interpreter, which has libnbd, carries the same operations 
 """
 
 import struct
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from random import Random
 from typing import NamedTuple
@@ -85,6 +86,29 @@ class Guest:
             self.content[start:end] = operation.payload()
         elif verb in (Verb.ZERO, Verb.UNMAP, Verb.DISCARD) and start < end:
             self.content[start:end] = bytes(end - start)
+
+
+def independent(operations: Iterable[Operation], *, most: int, flushes: bool = True) -> Iterator[list[Operation]]:
+    """Neighbours that touch different bytes, so that their order does not matter; ``most`` in one list.
+
+    Without ``flushes`` among them a flush stands alone.
+    """
+    batch: list[Operation] = []
+    for operation in operations:
+        alone = operation.verb is Verb.FLUSH and not flushes
+        if batch and (alone or len(batch) == most or any(_meet(operation, other) for other in batch)):
+            yield batch
+            batch = []
+        batch.append(operation)
+        if alone:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _meet(one: Operation, other: Operation) -> bool:
+    return one.offset < other.offset + other.length and other.offset < one.offset + one.length
 
 
 _WEIGHTS = {

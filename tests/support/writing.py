@@ -7,6 +7,7 @@ import json
 import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nbdq.block import BlockDevice, WritableBlockDevice
@@ -14,7 +15,7 @@ from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_disk, open_writable
 from nbdq.chain.policy import Policy
 from tests.support.images import Image
-from tests.support.operations import Operation, Verb
+from tests.support.operations import Operation, Verb, independent
 from tests.support.serving import serve
 from tests.support.tools import TIMEOUT
 
@@ -54,24 +55,27 @@ def read_in_process(image: Image) -> bytearray:
             return contents(disk)
 
 
-def perform(disk: WritableBlockDevice, operation: Operation) -> str | int:
-    """Carry one operation out as the server does; the outcome is one of :data:`Outcomes`."""
+def perform(disk: WritableBlockDevice, operation: Operation, *, cached: bool = True) -> str | int:
+    """Carry one operation out as the server does; the outcome is one of :data:`Outcomes`.
+
+    Only one thread at a time may do so with ``cached``: the one that stands for the server's loop.
+    """
     try:
-        return _perform(disk, operation)
+        return _perform(disk, operation, cached=cached)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
 
 
-def _perform(disk: WritableBlockDevice, operation: Operation) -> str | int:
+def _perform(disk: WritableBlockDevice, operation: Operation, *, cached: bool) -> str | int:
     verb, offset, length = operation.verb, operation.offset, operation.length
     if verb is Verb.READ:
         view = memoryview(bytearray(length))
-        if not disk.read_cached(offset, view):
+        if not (cached and disk.read_cached(offset, view)):
             disk.read_into(offset, view)
         return zlib.crc32(view)
     if verb in (Verb.WRITE, Verb.BLANK):
         view = memoryview(operation.payload())
-        if not disk.write_cached(offset, view):
+        if not (cached and disk.write_cached(offset, view)):
             disk.write(offset, view)
     elif verb in (Verb.ZERO, Verb.UNMAP):
         try:
@@ -100,6 +104,17 @@ def play_in_process(image: Image, operations: Sequence[Operation]) -> Outcomes:
     """Open, operate, close."""
     with writable_disk(image) as disk:
         return [perform(disk, operation) for operation in operations]
+
+
+def play_in_threads(image: Image, operations: Sequence[Operation]) -> Outcomes:
+    """As :func:`play_in_process`, but neighbours that touch different bytes are carried out at once."""
+    outcomes: Outcomes = []
+    with writable_disk(image) as disk, ThreadPoolExecutor(4) as pool:
+        for first, *others in independent(operations, most=6):
+            futures = [pool.submit(perform, disk, operation, cached=False) for operation in others]
+            outcomes.append(perform(disk, first))
+            outcomes += [future.result() for future in futures]
+    return outcomes
 
 
 def play_over_the_wire(image: Image, operations: Sequence[Operation]) -> Outcomes:
