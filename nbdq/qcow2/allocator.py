@@ -105,7 +105,7 @@ class Allocator:
                     if available == count:
                         del self._free[position]
                     return self._take_all(first, count)
-            self._search()
+            self._search(neighbours=count)
             self._join_free()
 
     def _join_free(self) -> None:
@@ -142,8 +142,11 @@ class Allocator:
             self.on_threshold(end * self._cluster_size)
         return Run(first, count, is_fresh)
 
-    def _search(self) -> None:
-        """Look into the next block for free clusters; make it if it is missing, when all its clusters are free."""
+    def _search(self, neighbours: int = 1) -> None:
+        """Look into the next block for free clusters; make it if it is missing, when all its clusters are free.
+
+        For more ``neighbours`` than fit between two blocks several blocks are made in one place.
+        """
         refcounts = self._refcounts
         number = self._next_block
         first = number * refcounts.block_clusters
@@ -152,8 +155,13 @@ class Allocator:
         if first >= refcounts.covered_clusters:
             raise TableFull
         if not refcounts.has_block(number):
-            refcounts.make_block(number)
-            self._fresh_from = max(self._fresh_from, first + 1)
+            count = -(-neighbours // (refcounts.block_clusters - 1))
+            if any(refcounts.has_block(number + ahead) for ahead in range(count)):
+                count = 1
+            if (number + count) * refcounts.block_clusters > refcounts.covered_clusters:
+                raise TableFull
+            refcounts.make_blocks(number, count)
+            self._fresh_from = max(self._fresh_from, first + count)
         runs = [Run(start, min(count, self._end - start)) for start, count in refcounts.free_runs(number)]
         self._free[:0] = [run for run in reversed(runs) if run.clusters > 0]
         self._next_block += 1
@@ -196,6 +204,7 @@ class Allocator:
         become free, for whoever wants to punch them before anything else is allocated.
 
         Raises:
+            BrokenRefcounts: one of them holds metadata, which a guest's entry or a bitmap had named.
             BrokenRefcounts, OSError: a refcount block cannot be read; what was left stays in quarantine.
         """
         released: list[Run] = []
@@ -203,8 +212,12 @@ class Allocator:
             runs = self._quarantine[0].runs
             while runs:
                 first, count, _ = runs[-1]
-                released += [Run(*part) for part in self._refcounts.lower(first, count)]
+                ended = [Run(*part) for part in self._refcounts.lower(first, count)]
                 runs.pop()
+                for run in ended:
+                    if self._protected.overlaps(run.first, run.clusters):
+                        raise BrokenRefcounts(f"cluster {run.first} or one behind it was given up, but holds metadata")
+                released += ended
             self._quarantine.pop(0)
         known = self._next_block * self._refcounts.block_clusters
         self._free += [run for run in released if run.first < known]

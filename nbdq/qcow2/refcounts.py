@@ -90,26 +90,35 @@ class Refcounts:
                 if number not in self._dirty and number not in self._flushing:
                     del self._blocks[number]
 
-    def make_block(self, number: int) -> None:
-        """Make the missing block ``number`` in the first cluster that it counts, which the caller knows to be free.
+    def make_blocks(self, number: int, count: int = 1) -> None:
+        """Make the missing blocks from ``number`` side by side in the first clusters that they count, which are free.
 
-        The table must cover it.
+        The table must cover them. One block at a time is enough but for more neighbours than fit between two blocks.
 
         Raises:
             BrokenRefcounts: metadata is there already.
-            OSError: ENOSPC if there is no room for it.
+            OSError: ENOSPC if there is no room for them.
         """
         first = number << self._block_bits
-        if first == 0 or self._protected.overlaps(first, 1):
+        if first == 0 or self._protected.overlaps(first, count):
             raise BrokenRefcounts(f"cluster {first} is in use, but has no refcount")
-        offset = first * self._cluster_size
-        self._storage.reserve(offset, self._cluster_size)
-        block = Table.empty(offset, self._cluster_size, self._order)
-        block.words[0] = 1
-        self._blocks[number] = block
-        self._dirty.add(number)
-        self.table.set(number, offset)
-        self._protected.add(first, 1)
+        self._storage.reserve(first * self._cluster_size, count * self._cluster_size)
+        for made, block in self._new_blocks(number, count, used=count).items():
+            self._blocks[made] = block
+            self._dirty.add(made)
+            self.table.set(made, block.offset)
+        self._protected.add(first, count)
+
+    def _new_blocks(self, number: int, count: int, *, used: int) -> dict[int, Table]:
+        """Blocks that lie in the first clusters that they count, of which the first ``used`` are in use."""
+        blocks = {}
+        for position in range(count):
+            block = Table.empty(
+                ((number << self._block_bits) + position) * self._cluster_size, self._cluster_size, self._order
+            )
+            block.values[: max(0, used - position * self.block_clusters)] = 1
+            blocks[number + position] = block
+        return blocks
 
     def get(self, cluster: int) -> int:
         """The refcount of a host cluster.
@@ -210,11 +219,7 @@ class Refcounts:
         count = block_count + table_clusters
         if self._protected.overlaps(first, count):
             raise BrokenRefcounts(f"metadata lies behind cluster {first}, where nothing is counted")
-        blocks = {}
-        for position in range(block_count):
-            block = Table.empty((first + position) * self._cluster_size, self._cluster_size, self._order)
-            block.values[: max(0, count - position * self.block_clusters)] = 1
-            blocks[entries + position] = block
+        blocks = self._new_blocks(entries, block_count, used=count)
         table = Table.empty((first + block_count) * self._cluster_size, table_clusters * self._cluster_size)
         table.values[:entries] = self.table.values
         for number, block in self._blocks.items():

@@ -125,15 +125,39 @@ def test_neighbours_do_not_run_over_the_block_of_the_next_ones() -> None:
     assert found.allocate(300)[:2] == (4, 252)
 
 
-@pytest.mark.parametrize("count", [256, 700])
-def test_more_neighbours_than_fit_between_two_blocks_need_a_longer_table(count: int) -> None:
+@pytest.mark.parametrize("count", [256, 700, 5000])
+@pytest.mark.parametrize("order", [4, 6])
+def test_more_neighbours_than_fit_between_two_blocks_have_their_blocks_in_front_of_them(order: int, count: int) -> None:
+    """As many as a long L1 table needs; without that the search would fill the medium with blocks (A5)."""
+    rig = Rig(order, table_clusters=4)
+    found = allocator(rig)
+    found.allocate(1)
+    run = found.allocate_neighbours(count)
+    assert run.clusters == count
+    assert run.is_fresh
+    blocks = -(-count // (rig.per_block - 1))
+    assert run.first == rig.per_block + blocks
+    assert rig.storage.size() <= (run.first + 1) * CLUSTER, "more was made than needed"
+    rig.flush()
+    for refcounts in (rig.refcounts, rig.reread()):
+        clusters = np.arange(rig.per_block, run.first + count + 2, dtype=np.uint64)
+        assert refcounts.get_many(clusters).tolist() == [1] * (blocks + count) + [0, 0]
+    assert rig.protected.overlaps(run.first - 1, 1)
+    assert not rig.protected.overlaps(run.first, count)
+    assert found.allocate(1).first == 5, "what was free before is forgotten"
+
+
+def test_the_table_has_to_grow_for_more_neighbours_than_it_can_still_count() -> None:
+    rig = Rig(order=6)
+    found = allocator(rig)
     with pytest.raises(TableFull):
-        allocator(Rig()).allocate_neighbours(count)
+        found.allocate_neighbours(64 * 64)
+    assert rig.storage.take() == []
 
 
 def test_neighbours_are_found_across_blocks_that_lie_elsewhere() -> None:
     rig = Rig()
-    rig.refcounts.make_block(3)
+    rig.refcounts.make_blocks(3)
     rig.refcounts.set_used(769, 2)
     rig.refcounts.table.set(1, 769 * CLUSTER)  # blocks of 256 and 512, stored in front of everything else of block 3
     rig.refcounts.table.set(2, 770 * CLUSTER)
@@ -208,7 +232,7 @@ def test_a_cluster_that_somebody_else_still_refers_to_does_not_become_free() -> 
 def test_what_became_free_in_a_block_that_was_not_searched_yet_is_found_by_the_search_alone() -> None:
     """Else it would be handed out twice."""
     rig = Rig()
-    rig.refcounts.make_block(1)
+    rig.refcounts.make_blocks(1)
     rig.refcounts.set_used(257, 20)
     found = allocator(rig)
     found.free(260, 2)

@@ -87,7 +87,7 @@ def test_a_count_never_falls_below_zero() -> None:
 
 def test_references_are_taken_from_clusters_of_several_blocks() -> None:
     rig = Rig()
-    rig.refcounts.make_block(1)
+    rig.refcounts.make_blocks(1)
     rig.refcounts.set_used(250, 6)
     rig.refcounts.set_used(257, 4)
     assert rig.refcounts.lower(250, 11) == [(250, 6), (256, 5)]
@@ -96,7 +96,7 @@ def test_references_are_taken_from_clusters_of_several_blocks() -> None:
 def test_a_new_block_lies_in_the_first_cluster_that_it_counts_and_counts_itself(rig: Rig) -> None:
     """A3: so nothing else has to exist for it."""
     number = 3
-    rig.refcounts.make_block(number)
+    rig.refcounts.make_blocks(number)
     first = number * rig.per_block
     assert rig.refcounts.table.words[number] == first * CLUSTER
     assert rig.refcounts.get(first) == 1
@@ -110,7 +110,7 @@ def test_a_new_block_lies_in_the_first_cluster_that_it_counts_and_counts_itself(
 
 def test_a_flush_can_write_blocks_before_the_table_that_names_them() -> None:
     rig = Rig()
-    rig.refcounts.make_block(2)
+    rig.refcounts.make_blocks(2)
     rig.refcounts.set_used(10, 1)
     blocks, table = rig.refcounts.take()
     assert [taken.table.offset for taken in blocks] == [2 * CLUSTER, 512 * CLUSTER]
@@ -129,7 +129,7 @@ def test_a_block_for_which_there_is_no_room_does_not_exist() -> None:
 
     rig.storage.before = full
     with pytest.raises(OSError, match="No space left"):
-        rig.refcounts.make_block(1)
+        rig.refcounts.make_blocks(1)
     assert not rig.refcounts.has_block(1)
     assert not rig.refcounts.needs_flush
     assert not rig.protected.overlaps(256, 1)
@@ -139,7 +139,7 @@ def test_a_block_is_never_made_over_metadata_that_nobody_counted() -> None:
     rig = Rig()
     rig.protected.add(256, 1)
     with pytest.raises(BrokenRefcounts, match="cluster 256 is in use"):
-        rig.refcounts.make_block(1)
+        rig.refcounts.make_blocks(1)
 
 
 @pytest.mark.parametrize("place", [4 * CLUSTER, 1 << 50])
@@ -172,7 +172,7 @@ def test_blocks_that_wait_to_be_written_are_never_forgotten(monkeypatch: pytest.
     monkeypatch.setattr(module, "_BLOCK_BUDGET", 4 * CLUSTER)
     rig = Rig()
     for number in range(1, 40):
-        rig.refcounts.make_block(number)
+        rig.refcounts.make_blocks(number)
     blocks, table = rig.refcounts.take()
     for number in range(40):
         rig.refcounts.get(number * 256)
@@ -193,7 +193,7 @@ def test_blocks_that_wait_to_be_written_are_never_forgotten(monkeypatch: pytest.
 
 def test_counts_whose_flush_failed_are_written_by_the_next() -> None:
     rig = Rig()
-    rig.refcounts.make_block(1)
+    rig.refcounts.make_blocks(1)
     rig.refcounts.set_used(5, 1)
     rig.refcounts.put_back(*rig.refcounts.take())
     rig.refcounts.set_used(6, 1)
@@ -209,7 +209,7 @@ def test_counts_whose_flush_failed_are_written_by_the_next() -> None:
 def test_a_longer_table_lies_behind_all_that_was_counted_and_counts_itself(rig: Rig) -> None:
     refcounts = rig.refcounts
     before = refcounts.covered_clusters
-    refcounts.make_block(5)
+    refcounts.make_blocks(5)
     rig.flush()
     longer = refcounts.longer_table()
     assert longer.first == before
@@ -240,7 +240,7 @@ def test_a_longer_table_lies_behind_all_that_was_counted_and_counts_itself(rig: 
 def test_a_longer_table_in_the_file_does_not_name_blocks_that_are_not_there_yet() -> None:
     """W1: the header switches to it before the next flush has written them."""
     rig = Rig()
-    rig.refcounts.make_block(2)
+    rig.refcounts.make_blocks(2)
     longer = rig.refcounts.longer_table()
     longer.writes()
     assert longer.table.words[2] == 0
