@@ -14,6 +14,8 @@ from typing import NamedTuple
 SECTOR = 512
 #: The most that one write carries.
 LARGEST_WRITE = 4 << 20
+#: Lengths on the wire have 32 bits, of which servers do not take all.
+LARGEST_REQUEST = 1 << 30
 #: The most that is zeroed where the host must find space for it.
 LARGEST_RESERVATION = 4 << 20
 
@@ -175,4 +177,4 @@ def _random_range(random: Random, verb: Verb, *, size: int, cluster_size: int, n
             coverage = cluster_size // 8 * cluster_size
             offset, length = place - place % coverage, coverage
     offset = min(offset, size - 1)
-    return offset, min(length, longest, size - offset)
+    return offset, min(length, longest, LARGEST_REQUEST, size - offset)
