@@ -6,6 +6,7 @@ The list is that of ``qcow2.md`` 5.2 and ``models.md`` 1.4; "CH" are issues and 
 import errno
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -70,25 +71,6 @@ def shown(image: Image, *options: str) -> bytes:
     raw = image.directory / "shown.raw"
     run("qemu-img", "convert", *options, "-O", "raw", image.top, raw)
     return raw.read_bytes()
-
-
-def run_threads(*jobs: Callable[[], None]) -> None:
-    """Run all at once; the first exception of any is raised here."""
-    failures: list[BaseException] = []
-
-    def guarded(job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def host_offset(image: Image, guest_offset: int) -> int:
@@ -260,7 +242,8 @@ def test_threads_that_write_to_the_same_clusters_of_an_overlay_lose_nothing(tmp_
                 if offset % (32 * K) == number * 512:
                     disk.flush()
 
-        run_threads(*(lambda number=number: work(number) for number in range(4)))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
         for number in range(4):
             for offset in sectors(number):
                 expected[offset : offset + 512] = content(number << 20, offset, 512)
