@@ -29,12 +29,16 @@ import numpy as np
 
 from nbdq.block import WritableBlockDevice
 from nbdq.errors import ImageError
+from nbdq.qcow2.bitmap_tables import load_bits
+from nbdq.qcow2.bitmaps import BitmapFlags, read_bitmaps
+from nbdq.qcow2.features import Autoclear
+from nbdq.qcow2.format import read_header
 from nbdq.storage import Data, FileStorage
 from tests.random.scenarios import SCENARIOS, Scenario
 from tests.support.images import Image, build
 from tests.support.operations import SECTOR, Guest, Operation, Verb
 from tests.support.scratch import scratch
-from tests.support.tools import execute
+from tests.support.tools import execute, run
 from tests.support.writing import contents, perform, read_in_process, writable_disk
 
 
@@ -219,6 +223,8 @@ class Sweep:
         prepared = self.directory / "prepared"
         prepared.mkdir()
         source = build(self.scenario.variant, prepared)
+        if self.scenario.bitmap:
+            run("qemu-img", "bitmap", "--add", "-g", "4k", "-f", "qcow2", source.top, self.scenario.bitmap)
         self._content = bytes(read_in_process(source))
         at = 1
         while self._survives(source, at):
@@ -244,7 +250,9 @@ class Sweep:
         expected = Expected(self.scenario.guest(self._content))
         unflushed = self._operate(image, files, expected)
         self._judge_file(image)
-        expected.judge(read_in_process(image), unflushed=unflushed)
+        found = read_in_process(image)
+        expected.judge(found, unflushed=unflushed)
+        self._judge_bitmap(image, found)
         self._retry(image)
 
     def _operate(self, image: Image, files: FaultyFiles, expected: Expected) -> bool:
@@ -297,6 +305,19 @@ class Sweep:
             self._checked[key] = check.returncode
             assert check.returncode in (0, 3), f"check: status {check.returncode}\n{check.stdout}{check.stderr}"
         self.leaking += self._checked[key] == 3
+
+    def _judge_bitmap(self, image: Image, found: bytes | bytearray) -> None:
+        """If the image vouches for its bitmap, that knows of every byte that has changed (R-57)."""
+        with contextlib.closing(FileStorage.open(str(image.top))) as storage:
+            header = read_header(storage)
+            bitmaps = read_bitmaps(storage, header) if Autoclear.BITMAPS in header.autoclear else []
+            for bitmap in bitmaps:
+                if BitmapFlags.IN_USE not in bitmap.flags:
+                    bits = load_bits(storage, header, bitmap.name)
+                    assert bits is not None
+                    dirty = np.unpackbits(bits.packed, bitorder="little").astype(bool)
+                    known = np.repeat(dirty, 1 << bits.granularity_bits)[: len(found)]
+                    assert not (_differs(found, self._content) & ~known).any(), "a bitmap misses what has changed"
 
     def _retry(self, image: Image) -> None:
         """On the reopened image all operations succeed, and then the disk is what it should be."""

@@ -12,6 +12,8 @@ class Scenario:
 
     variant: Variant
     operations: tuple[Operation, ...]
+    bitmap: str = ""
+    """Name of a persistent dirty bitmap that the top image gets before."""
 
     @property
     def name(self) -> str:
@@ -24,7 +26,7 @@ class Scenario:
         return Guest(content, cluster_size=layers[-1].cluster_size, discards=not ignored)
 
 
-def _scenario(name: str, *layers: Layer, done: str) -> Scenario:
+def _scenario(name: str, *layers: Layer, done: str, bitmap: str = "") -> Scenario:
     """``done``: operations by ``;``, each ``verb offset length``, in the units of the top layer, ``!`` for FUA."""
     top = layers[-1]
     operations = []
@@ -32,7 +34,7 @@ def _scenario(name: str, *layers: Layer, done: str) -> Scenario:
         verb, *place = text.split()
         offset, length = map(top.bytes, place) if place else (0, 0)
         operations.append(Operation(Verb(verb.rstrip("!")), offset, length, number, fua=verb.endswith("!")))
-    return Scenario(Variant(name, layers, ("--allow-data-file",)), tuple(operations))
+    return Scenario(Variant(name, layers, ("--allow-data-file",)), tuple(operations), bitmap)
 
 
 _BASE = Layer("16c", ("write 0 6c", "write 9c 2c"), "cluster_size=4k")
@@ -95,5 +97,16 @@ SCENARIOS: tuple[Scenario, ...] = (
         "preallocated",
         Layer("16c", ("write 0 4c", "zero 1c 2c"), "cluster_size=4k,preallocation=metadata"),
         done="write 1c+512 512; write 5c 2c; flush; unmap 0 1c; zero 6c 1c; discard 7c 2c; flush; write 7c 512",
+    ),
+    _scenario(
+        "data-file",  # named from the directory that each run has for itself (Q76)
+        Layer("16c", ("write 0 4c", "zero 1c 1c"), "cluster_size=4k,data_file=guest.data"),
+        done="write 1c+512 512; write 5c 2c; flush; unmap 0 1c; zero 6c 1c; discard 7c 2c; flush; write 7c 512",
+    ),
+    _scenario(
+        "dirty-bitmap",
+        Layer("16c", ("write 0 6c",), "cluster_size=4k"),
+        done="write 512 512; flush; write 8c 2c; discard 0 1c; zero 2c 1c; flush; write 12c 1c",
+        bitmap="backup",
     ),
 )
