@@ -230,16 +230,21 @@ class Engine:
         return "L2" if offset - offset % size in tables else "data"
 
     def story(self) -> list[str]:
-        """What was done since the last time: syncs, and what was written, repetitions left out; no reservations."""
+        """What was done since the last time: every sync, and between two of them each kind of place that was written.
+
+        Reservations are left out.
+        """
         steps: list[str] = []
+        since_sync = 0
         for call in self.take():
-            if call.name == "reserve":
-                continue
-            step = "sync" if call.name == "sync" else self.role(call.offset)
-            if call.name in ("punch", "zero", "truncate"):
-                step = f"{call.name} {step}"
-            if step == "sync" or step != "".join(steps[-1:]):
-                steps.append(step)
+            if call.name == "sync":
+                steps.append("sync")
+                since_sync = len(steps)
+            elif call.name != "reserve":
+                role = self.role(call.offset)
+                step = role if call.name == "write" else f"{call.name} {role}"
+                if step not in steps[since_sync:]:
+                    steps.append(step)
         return steps
 
 
