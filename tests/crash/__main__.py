@@ -43,10 +43,11 @@ def main(
             before = figures.states
             for each in chosen:
                 explorer.run(each, seed, states=min(per_run, states), recoveries=recoveries)
+                rate = figures.states / (time.monotonic() - started)
+                click.echo(f"{each.name}, seed {seed}: {figures.states} states, {rate:.0f}/s", err=True)
                 if figures.states >= states or explorer.is_over:
                     break
-            rate = figures.states / (time.monotonic() - started)
-            click.echo(f"seed {seed}: {figures}; {rate:.0f} states/s")
+            click.echo(f"seed {seed}: {figures}")
             seed += 1
             if figures.states == before:
                 break  # every run breaks

@@ -254,6 +254,14 @@ WORKLOADS = (
         _BUSY,
     ),
     Workload("with a bitmap", (Layer(filled=0.4, bitmap=True),), _SMALL, requests=60, sessions=5),
+    Workload(
+        "with a bitmap on a full medium",
+        (Layer(filled=0.4, bitmap=True),),
+        _SMALL,
+        requests=90,
+        sessions=3,
+        room=48 * KIB,
+    ),
     Workload("left dirty", (Layer("cluster_size=4k,lazy_refcounts=on", filled=0.4, dirty=True),), _SMALL, requests=30),
     Workload("opened and closed", (Layer(filled=0.4),), _TRIMMING, requests=80, sessions=5),
     Workload(
