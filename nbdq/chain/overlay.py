@@ -15,7 +15,15 @@ from nbdq.block import Kind, Piece, Status
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk, FileHoles, new_buffer, sound_runs, statuses, zero_pieces
 from nbdq.chain.index import Runs, clip_runs, merge_granules, runs_at
-from nbdq.qcow2.entries import COMPRESSED, DESCRIPTOR_MASK, OFFSET_MASK, READS_ZERO, SUBCLUSTERS
+from nbdq.qcow2.entries import (
+    ALL_SUBCLUSTERS,
+    COMPRESSED,
+    COPIED,
+    DESCRIPTOR_MASK,
+    OFFSET_MASK,
+    READS_ZERO,
+    SUBCLUSTERS,
+)
 from nbdq.qcow2.growth import grow
 from nbdq.qcow2.guest_reads import GuestReads
 from nbdq.qcow2.guest_writes import GuestWrites
@@ -51,6 +59,8 @@ class OverlayDisk:
         self._l2_bits = (geometry.l2_coverage).bit_length() - 1
         self._l2_mask = geometry.l2_count - 1
         self._extended = geometry.extended_l2
+        self._data_file = geometry.has_data_file
+        self._has_zeros = geometry.version >= 3
         self._granule = geometry.granule
         self._tables = top.mapping.tables
         self._holes = FileHoles([top.reader])
@@ -78,20 +88,34 @@ class OverlayDisk:
 
     def _find_standard(self, table: L2Table, index: int, offset: int) -> tuple[int, int] | None:
         entry = table.words[index]
-        if entry & (COMPRESSED | READS_ZERO):
-            return (Kind.COMPRESSED, entry & DESCRIPTOR_MASK) if entry & COMPRESSED else (Kind.ZERO, 0)
         if entry == 0:
             return Kind.UNALLOCATED, 0
+        if entry & COMPRESSED:
+            return Kind.COMPRESSED, entry & DESCRIPTOR_MASK
         host = entry & OFFSET_MASK
-        return None if host & self._inside else (Kind.DATA, host + (offset & self._inside))
+        if entry & READS_ZERO:
+            return None if host & self._inside or not self._has_zeros else (Kind.ZERO, 0)
+        return None if self._is_odd(entry, offset) else (Kind.DATA, host + (offset & self._inside))
+
+    def _is_odd(self, entry: int, offset: int) -> bool:
+        """Whether a descriptor does not simply name a place: then its exact meaning is the decoder's to tell."""
+        host = entry & OFFSET_MASK
+        if self._data_file:
+            return host != offset - (offset & self._inside) or not entry & COPIED
+        return not host or bool(host & self._inside)
 
     def _find_extended(self, table: L2Table, index: int, offset: int) -> tuple[int, int] | None:
         # Two words that another thread may be changing: what does not fit together is asked for again with the lock.
+        # A descriptor that is there before and after its bitmap is read belongs to it: none comes back while we look.
         entry, bitmap = table.words[2 * index], table.words[2 * index + 1]
+        if entry != table.words[2 * index]:
+            return None
         if entry & COMPRESSED:
             return None if bitmap else (Kind.COMPRESSED, entry & DESCRIPTOR_MASK)
         if not bitmap:
             return Kind.UNALLOCATED, 0
+        if bitmap & bitmap >> SUBCLUSTERS & ALL_SUBCLUSTERS:
+            return None
         number = (offset & self._inside) // self._granule
         host = entry & OFFSET_MASK
         state = bitmap >> number & (1 | 1 << SUBCLUSTERS)
@@ -99,7 +123,7 @@ class OverlayDisk:
             return Kind.UNALLOCATED, 0
         if state == 1 << SUBCLUSTERS:
             return Kind.ZERO, 0
-        return None if state != 1 or not entry or host & self._inside else (Kind.DATA, host + (offset & self._inside))
+        return None if self._is_odd(entry, offset) else (Kind.DATA, host + (offset & self._inside))
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""

@@ -53,6 +53,10 @@ class GuestWrites:
         self._extended = geometry.extended_l2
         self._granule = geometry.granule
         self._data_file = geometry.has_data_file
+        #: What an entry may be where nothing is; version 2 has no zeros (Q38).
+        self._free_flags = READS_ZERO if geometry.version >= 3 else 0
+        #: Clusters that became metadata after tables which name them were checked: two entries had named one (R-28).
+        self._new_metadata = frozenset() if self._data_file else image.protected.added
         self._part_clusters = max(1, _PART_BYTES // geometry.cluster_size)
 
     def write(self, offset: int, view: memoryview) -> None:
@@ -110,7 +114,7 @@ class GuestWrites:
         if table is None or not table.is_own or image.is_corrupt or image.is_pressed or index + count > self._l2_count:
             return False
         entries = [table.words[index + number] for number in range(count)]
-        if any(entry & ~READS_ZERO for entry in entries):  # something is there, to be freed or copied
+        if any(entry & ~self._free_flags for entry in entries):  # something is there, to be freed or copied
             return False
         if image.in_flight and any(first + number in image.in_flight for number in range(count)):
             return False
@@ -164,9 +168,14 @@ class GuestWrites:
             if entry & (COPIED | COMPRESSED) != COPIED:
                 return -1
             bits = self._subclusters(start, end)
-            return entry & OFFSET_MASK if table.words[2 * index + 1] & bits == bits else -1
-        entry = table.words[index]
-        return entry & OFFSET_MASK if entry & (COPIED | COMPRESSED | READS_ZERO) == COPIED else -1
+            if table.words[2 * index + 1] & bits != bits:
+                return -1
+        else:
+            entry = table.words[index]
+            if entry & (COPIED | COMPRESSED | READS_ZERO) != COPIED:
+                return -1
+        host = entry & OFFSET_MASK
+        return host if host >> self._bits not in self._new_metadata else -1
 
     def _subclusters(self, start: int, end: int) -> int:
         """Allocation bits of the subclusters that bytes ``[start, end)`` of a cluster touch."""
@@ -188,7 +197,7 @@ class GuestWrites:
         host = self.in_place(table, index, start=start, end=min(start + length, self._cluster_size))
         if host >= 0:
             return self._in_place_run(table, index, start, length, host, touched)
-        if index in table.forbidden:
+        if index in table.forbidden or self._is_new_metadata(table, index):
             raise image.corruption(f"guest cluster {cluster} lies on metadata")
         if self._has_own_host(table, index):
             image.in_flight.add(cluster)
@@ -221,6 +230,12 @@ class GuestWrites:
         """Whether a cluster that cannot simply be overwritten has a host cluster of its own nevertheless."""
         entry = self._entry(table, index)
         return entry & (COPIED | COMPRESSED) == COPIED and (self._data_file or entry & OFFSET_MASK != 0)
+
+    def _is_new_metadata(self, table: L2Table, index: int) -> bool:
+        return (
+            self._has_own_host(table, index)
+            and (self._entry(table, index) & OFFSET_MASK) >> self._bits in self._new_metadata
+        )
 
     def _needs_new(self, table: L2Table, index: int, cluster: int) -> bool:
         return (
@@ -306,31 +321,40 @@ class GuestWrites:
     def _publish(self, part: _New, offset: int, length: int) -> None:
         image = self._image
         l1_index, index = divmod(part.first, self._l2_count)
+        is_published = False
         try:
             with image.changing():
                 table = image.mapping.own(l1_index)
                 if self._extended:
-                    self._set_extended(table, index, part, offset - (part.first << self._bits), length)
+                    replaced = self._set_extended(table, index, part, offset - (part.first << self._bits), length)
                 else:
-                    for number in range(part.clusters):
-                        self._set(table, index + number, part.host + (number << self._bits))
+                    replaced = self._set(table, index, part)
                 image.mapping.changed(l1_index, index, part.clusters)
-                image.published = True
+                image.published = is_published = True
                 self._land(part)
+                for entry in replaced:  # last, because it can fail: what is not freed leaks
+                    image.free_entry(entry)
         except BaseException:
-            with image.lock:
-                if part.run is not None and part.first in image.in_flight:
-                    image.allocator.undo(part.run)
-                self._land(part)
+            if not is_published:
+                with image.lock:
+                    if part.run is not None:
+                        image.allocator.undo(part.run)
+                    self._land(part)
             raise
 
-    def _set(self, table: L2Table, index: int, host: int) -> None:
-        old = table.words[index]
-        table.words[index] = host | COPIED
-        if old & OFFSET_MASK != host or old & COMPRESSED:
-            self._image.free_entry(old)
+    def _set(self, table: L2Table, index: int, part: _New) -> list[int]:
+        """The descriptors whose clusters are not used any more."""
+        replaced = []
+        for number in range(part.clusters):
+            old = table.words[index + number]
+            host = part.host + (number << self._bits)
+            table.words[index + number] = host | COPIED
+            if old & OFFSET_MASK != host or old & COMPRESSED:
+                replaced.append(old)
+        return replaced
 
-    def _set_extended(self, table: L2Table, index: int, part: _New, start: int, length: int) -> None:
+    def _set_extended(self, table: L2Table, index: int, part: _New, start: int, length: int) -> list[int]:
+        replaced = []
         for number in range(part.clusters):
             old, bitmap = table.words[2 * (index + number)], table.words[2 * (index + number) + 1]
             host = part.host + (number << self._bits)
@@ -344,7 +368,8 @@ class GuestWrites:
             table.words[2 * (index + number)] = host | COPIED
             table.words[2 * (index + number) + 1] = allocated | bitmap & ~(ALL_SUBCLUSTERS | written << SUBCLUSTERS)
             if old & OFFSET_MASK != host or old & COMPRESSED:
-                self._image.free_entry(old)
+                replaced.append(old)
+        return replaced
 
     def _land(self, part: _New) -> None:
         """The clusters are no longer in flight; the lock is held."""

@@ -18,6 +18,7 @@ from nbdq.storage import FileStorage
 
 #: Bytes of L2 tables kept in memory; 32 MiB map 256 GiB of disk in clusters of 64 KiB.
 _L2_BUDGET = 32 << 20
+_NOT_COPIED = np.uint64(~COPIED & (1 << 64) - 1)
 
 
 class L2Table(Table):
@@ -118,7 +119,7 @@ class Mapping:
                 self._dirty.add(l1_index)
                 if not entry & COPIED and self._refcounts.get(old) > 1:  # else refcounts lie: a leak is safer (R-28)
                     self._allocator.free(old)
-            self._verify(table)
+            self._verify(l1_index, table)
         table.is_own = True
         return table
 
@@ -135,13 +136,22 @@ class Mapping:
         self.l1.set(l1_index, offset | COPIED)
         return offset
 
-    def _verify(self, table: L2Table) -> None:
-        """Believe COPIED only where the refcount says so too (R-28), and never where metadata lies (O4)."""
-        if self._geometry.has_data_file:
-            return
+    def _verify(self, l1_index: int, table: L2Table) -> None:
+        """Believe COPIED only where the refcount says so too (R-28), and never where metadata lies (O4).
+
+        The flag without an offset means nothing (Q36): a guest cluster that is not allocated must not be the header.
+        """
         step = 2 if self._geometry.extended_l2 else 1
         entries = table.values[::step]
-        owned = np.flatnonzero(((entries & np.uint64(COPIED | COMPRESSED)) == COPIED) & (entries & OFFSET_MASK != 0))
+        owned = np.flatnonzero((entries & np.uint64(COPIED | COMPRESSED)) == COPIED)
+        if self._geometry.has_data_file:  # the only right place is that of the guest's (Q77)
+            places = (owned + l1_index * self._geometry.l2_count).astype(np.uint64)
+            places <<= np.uint64(self._geometry.cluster_bits)
+            entries[owned[(entries[owned] & np.uint64(OFFSET_MASK)) != places]] &= _NOT_COPIED
+            return
+        placed = (entries[owned] & np.uint64(OFFSET_MASK)) != 0
+        entries[owned[~placed]] &= _NOT_COPIED
+        owned = owned[placed]
         hosts = (entries[owned] & np.uint64(OFFSET_MASK)) >> np.uint64(self._geometry.cluster_bits)
         wrong = (self._refcounts.get_many(hosts) != 1) | ((entries[owned] & np.uint64(self._inside_mask)) != 0)
         order = np.argsort(hosts, kind="stable")
@@ -149,7 +159,7 @@ class Mapping:
         wrong[order[1:][same]] = wrong[order[:-1][same]] = True  # two owners are none
         metadata = self._protected.among(hosts)
         table.forbidden = frozenset(owned[metadata].tolist())
-        entries[owned[wrong | metadata]] &= np.uint64(~COPIED & (1 << 64) - 1)
+        entries[owned[wrong | metadata]] &= _NOT_COPIED
 
     def changed(self, l1_index: int, first: int, count: int) -> None:
         """Note that ``count`` entries of an own table have changed, from ``first``."""

@@ -20,32 +20,33 @@ class ProtectedClusters:
         self._initial = np.unique(clusters)
         self._sorted = array("Q", self._initial.astype(np.uint64).tobytes())  # the same, for scalar questions
         self._removed: set[int] = set()
-        self._added: set[int] = set()
+        self.added: set[int] = set()
+        """Those that were not protected in the beginning; to look at."""
 
     def add(self, first: int, count: int) -> None:
         """Protect ``count`` clusters from ``first``."""
-        self._added.update(range(first, first + count))
+        self.added.update(range(first, first + count))
         self._removed.difference_update(range(first, first + count))
 
     def remove(self, first: int, count: int) -> None:
         """Protect them no more: their contents are no metadata any longer."""
         self._removed.update(range(first, first + count))
-        self._added.difference_update(range(first, first + count))
+        self.added.difference_update(range(first, first + count))
 
     def overlaps(self, first: int, count: int) -> bool:
         """Whether any of ``count`` clusters from ``first`` is protected."""
         low, high = bisect_left(self._sorted, first), bisect_left(self._sorted, first + count)
         if low != high and not self._removed.issuperset(self._sorted[low:high]):
             return True
-        if count > len(self._added):
-            return any(first <= cluster < first + count for cluster in self._added)
-        return not self._added.isdisjoint(range(first, first + count))
+        if count > len(self.added):
+            return any(first <= cluster < first + count for cluster in self.added)
+        return not self.added.isdisjoint(range(first, first + count))
 
     def among(self, clusters: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Which of ``clusters`` are protected."""
         found = np.isin(clusters, self._initial)
         if self._removed:
             found &= ~np.isin(clusters, np.fromiter(self._removed, np.uint64))
-        if self._added:
-            found |= np.isin(clusters, np.fromiter(self._added, np.uint64))
+        if self.added:
+            found |= np.isin(clusters, np.fromiter(self.added, np.uint64))
         return np.asarray(found, dtype=np.bool_)

@@ -62,9 +62,9 @@ class Refcounts:
         return number < len(self.table.words) and bool(self.table.words[number] & _BLOCK_OFFSET_MASK)
 
     def block_offsets(self) -> NDArray[np.uint64]:
-        """Host offsets of all blocks."""
+        """Host offsets of all blocks, in order of the table."""
         offsets: NDArray[np.uint64] = self.table.values & np.uint64(_BLOCK_OFFSET_MASK)
-        return np.unique(offsets[offsets != 0])
+        return np.asarray(offsets[offsets != 0], dtype=np.uint64)
 
     def block(self, number: int) -> Table:
         """Block ``number``, which exists.

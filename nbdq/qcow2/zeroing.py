@@ -121,6 +121,7 @@ class Zeroing:
                         return
                     table = image.mapping.own(l1_index)
                     first = clusters.start % self._geometry.l2_count
+                    image.mapping.changed(l1_index, first, len(clusters))  # even if freeing fails, which comes last
                     if not self._geometry.extended_l2:
                         self._zero_entries(table, first, len(clusters), keep_nothing=hides_nothing, unmap=unmap)
                     elif start % image.cluster_size or (end % image.cluster_size and end != image.size):
@@ -128,7 +129,6 @@ class Zeroing:
                             break  # a compressed cluster
                     else:
                         self._zero_extended(table, first, len(clusters), keep_nothing=hides_nothing, unmap=unmap)
-                    image.mapping.changed(l1_index, first, len(clusters))
                     return
             except TableFull:
                 image.grow_refcount_table()
