@@ -14,6 +14,7 @@ from nbdq.qcow2 import guest_writes, mapping, refcounts, writable
 from nbdq.qcow2.bitmap_tables import load_bits
 from nbdq.qcow2.bitmaps import BitmapFlags, read_bitmaps
 from nbdq.qcow2.check import check_image
+from nbdq.qcow2.dirty import DirtyBits
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage
@@ -64,16 +65,23 @@ def believed_bitmaps(bench: Bench, values: Values) -> Finding | None:
     """Whether a bitmap that the image vouches for misses a sector that has changed since it was made (C7)."""
     changed = np.flatnonzero(values != bench.prepared.initial)
     with contextlib.closing(FileStorage.open(str(bench.top))) as storage:
-        header = read_header(storage)
-        if Autoclear.BITMAPS not in header.autoclear:
-            return None
-        for bitmap in read_bitmaps(storage, header):
-            if BitmapFlags.IN_USE in bitmap.flags:
-                continue
-            bits = load_bits(storage, header, bitmap.name)
-            assert bits is not None
-            granules = changed * SECTOR >> bits.granularity_bits
-            missed = changed[bits.packed[granules >> 3] >> (granules & 7) & 1 == 0]
-            if len(missed):
-                return Finding(Fault.LOST, f"bitmap {bitmap.name} is believed, but misses sectors {missed[:8]}")
+        try:
+            for name, bits in _believed(storage):
+                granules = changed * SECTOR >> bits.granularity_bits
+                missed = changed[bits.packed[granules >> 3] >> (granules & 7) & 1 == 0]
+                if len(missed):
+                    return Finding(Fault.LOST, f"bitmap {name} is believed, but misses sectors {missed[:8]}")
+        except (ImageError, OSError) as error:
+            return Finding(Fault.CORRUPT, f"a bitmap that is believed: {error}")
     return None
+
+
+def _believed(storage: FileStorage) -> Iterator[tuple[str, DirtyBits]]:
+    """Names and bits of the bitmaps that a backup would trust."""
+    header = read_header(storage)
+    if Autoclear.BITMAPS in header.autoclear:
+        for bitmap in read_bitmaps(storage, header):
+            if BitmapFlags.IN_USE not in bitmap.flags:
+                bits = load_bits(storage, header, bitmap.name)
+                assert bits is not None
+                yield bitmap.name, bits

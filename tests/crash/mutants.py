@@ -196,6 +196,11 @@ MUTANTS: dict[str, Mutant] = {
         _Syncs("begin_writing", DirtyBitmaps).installed,
         "with a bitmap",
     ),
+    "bitmaps stored in any order": Mutant(
+        "the bits are durable before the directory names them, and vouches for them (R-52, R-57)",
+        _Syncs("store", DirtyBitmaps, keep_last=True).installed,
+        "with a bitmap",
+    ),
     "forgotten requests": Mutant(
         "a freed cluster is not used again before the requests end that may have looked it up (R-50)",
         _patched(WritableImage, "_oldest_active", _forget_who_is_under_way),
