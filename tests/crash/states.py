@@ -3,6 +3,9 @@
 A write that ended before the begin of a sync of its file, which itself ended before the cut, is durable. Of every other
 write that had begun each sector is there or not, whatever happened to the rest; so are lengths and punched ranges.
 Overlapping writes reach the medium in the order in which they were made. Files are independent of each other.
+
+So what is assumed of a medium is this: a sector of 512 bytes is written whole or not at all, a sync that returned has
+made durable what it was asked for, and nobody touches bytes that were not written.
 """
 
 import random
