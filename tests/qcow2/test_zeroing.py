@@ -212,7 +212,7 @@ def test_an_edge_whose_cluster_reads_as_zeros_is_not_touched(tmp_path: Path) -> 
         engine.disk.zero(100, 4 * CLUSTER, unmap=False)
         engine.disk.zero(20 * CLUSTER + 512, 512, unmap=True)
         engine.disk.flush()
-        assert engine.story() == ["sync"]
+        assert "data" not in engine.story()
         assert engine.entry(0) == engine.entry(4) == engine.entry(20) == 0
 
 
