@@ -1,5 +1,7 @@
 """Where the metadata of an image lies: every host cluster that a guest must never be able to write to (O1)."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,10 +19,19 @@ _ENTRIES_MAX = 32 << 20
 _PIECE = 8 << 20
 
 
-def metadata_clusters(
+class Metadata(NamedTuple):
+    """Host clusters that hold metadata, by their numbers, ascending."""
+
+    clusters: NDArray[np.uint64]
+    """All of them."""
+    snapshot_tables: NDArray[np.uint64]
+    """L2 tables of snapshots: to be changed by nobody, even if their refcount says that only one table names them."""
+
+
+def find_metadata(
     storage: FileStorage, header: Header, l1: NDArray[np.uint64], refcount_blocks: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    """Numbers of all host clusters that hold metadata, ascending: header, tables, snapshots, bitmaps.
+) -> Metadata:
+    """Find all metadata: header, tables, snapshots, bitmaps.
 
     No cluster holds two kinds of it: a table of one kind would be written over one of the other, and what bitmaps give
     up be freed. L2 tables may be shared by snapshots.
@@ -45,6 +56,7 @@ def metadata_clusters(
     directory = (header.bitmaps.directory_offset, header.bitmaps.directory_size) if header.bitmaps else (0, 0)
     refcount_table = (header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size)
     snapshot_table = (header.snapshots_offset, snapshot_table_length(storage, header))
+    snapshot_tables = _named(storage, header, snapshots)
     bits = np.uint64(header.cluster_bits)
     kinds = {
         "the header": np.zeros(1, dtype=np.uint64),
@@ -55,7 +67,7 @@ def metadata_clusters(
         "the bitmap directory": _area(storage, header, *directory),
         "an L1 table of a snapshot": _tables(storage, header, snapshots),
         "a bitmap": np.union1d(_tables(storage, header, bitmaps), _named(storage, header, bitmaps)),
-        "an L2 table": np.union1d(_offsets(l1) >> bits, _named(storage, header, snapshots)),
+        "an L2 table": np.union1d(_offsets(l1) >> bits, snapshot_tables),
     }
     places, counts = np.unique(np.concatenate(list(kinds.values())), return_counts=True)
     if (counts > 1).any():
@@ -63,7 +75,7 @@ def metadata_clusters(
         sharing = [kind for kind, clusters in kinds.items() for _ in range(int((clusters == cluster).sum()))]
         what = f"the cluster at {int(cluster) << header.cluster_bits:#x} is both {sharing[0]} and {sharing[1]}"
         raise CorruptImage(storage.path, what, "see nbdq check; use --read-only, and copy what can be read")
-    return places
+    return Metadata(places, snapshot_tables)
 
 
 def _area(storage: FileStorage, header: Header, offset: int, length: int) -> NDArray[np.uint64]:

@@ -26,7 +26,7 @@ from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK,
 from nbdq.qcow2.format import Header, Incompatible, update_fields
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.mapping import Mapping, l1_problem
-from nbdq.qcow2.metadata import metadata_clusters
+from nbdq.qcow2.metadata import find_metadata
 from nbdq.qcow2.protection import ProtectedClusters
 from nbdq.qcow2.refcounts import BrokenRefcounts, Refcounts
 from nbdq.qcow2.tables import Table, Taken, Write
@@ -101,9 +101,13 @@ class WritableImage:
             raise CorruptImage(self.path, problem, "repair it with nbdq check -r all")
         self.protected = ProtectedClusters(np.empty(0, dtype=np.uint64))
         self.refcounts = Refcounts(storage, header, self.protected)
-        self.protected = ProtectedClusters(
-            metadata_clusters(storage, header, l1.values, self.refcounts.block_offsets())
+        metadata = find_metadata(storage, header, l1.values, self.refcounts.block_offsets())
+        # A table that a snapshot names is copied before it is changed, even if flag and refcount say that it is ours.
+        shared = np.isin(
+            (l1.values & np.uint64(OFFSET_MASK)) >> np.uint64(header.cluster_bits), metadata.snapshot_tables
         )
+        l1.values[shared] &= np.uint64(OFFSET_MASK)
+        self.protected = ProtectedClusters(metadata.clusters)
         self.refcounts = Refcounts(storage, header, self.protected)
         self.allocator = Allocator(storage, self.cluster_size, self.refcounts, self.protected)
         self.mapping = Mapping(storage, self.geometry, self.refcounts, self.allocator, self.protected, l1)

@@ -215,6 +215,21 @@ def test_an_l2_table_that_is_other_metadata_forbids_writing(place: Place, tmp_pa
     assert_refused_unchanged(save(tmp_path / "disk.qcow2", image))
 
 
+def test_an_l2_table_of_a_snapshot_is_not_changed_though_flag_and_refcount_say_that_it_is_ours(tmp_path: Path) -> None:
+    image = complete_image()
+    set_l1(image, 2, COPIED | Place.INACTIVE_L2 * CLUSTER)
+    path = save(tmp_path / "disk.qcow2", image)
+    start = Place.INACTIVE_L2 * CLUSTER
+    with opened(path) as disk:
+        assert read(disk, _TABLELESS) == bytes([0xA0 + SHARED]) * CLUSTER
+        write(disk, _TABLELESS)
+        disk.discard((_TABLELESS + 1) * CLUSTER, CLUSTER)
+        disk.flush()
+        assert read(disk, _TABLELESS) == bytes(_DATA)
+    assert path.read_bytes()[start : start + CLUSTER] == image[start : start + CLUSTER]
+    assert not path.read_bytes()[_FLAGS] & _CORRUPT
+
+
 @pytest.mark.parametrize("place", _NOT_SHARED, ids=lambda place: place.name)
 def test_a_refcount_block_that_is_other_metadata_forbids_writing(place: Place, tmp_path: Path) -> None:
     image = complete_image()
