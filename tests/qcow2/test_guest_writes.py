@@ -267,6 +267,19 @@ def test_the_last_cluster_is_copied_as_far_as_the_disk_and_what_is_below_reach(
     check(engine.path)
 
 
+def test_what_a_longer_base_has_behind_the_end_of_the_disk_is_not_copied_inline_either(tmp_path: Path) -> None:
+    """S2."""
+    size = 1 * M + 1536
+    with Engine(image(tmp_path, size), below=base(tmp_path, 2 * M)) as engine:
+        engine.write(0, CLUSTER)
+        old = engine.read(1 * M, 1536)
+        assert engine.write_cached(1 * M, 512)
+        assert engine.read(1 * M + 512, 1024) == old[512:]
+        host = engine.host(1 * M // CLUSTER)
+        assert not any(engine.storage.read(host + 1536, CLUSTER - 1536))
+    check(engine.path)
+
+
 # Others at the same time (A7).
 
 

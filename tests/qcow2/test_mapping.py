@@ -167,7 +167,7 @@ def test_two_guest_clusters_of_one_host_cluster_are_separated_by_a_write(path: P
 
 
 def test_tables_that_wait_to_be_written_are_never_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by forgetting what the file has, also in the middle of a flush."""
+    """Memory is bounded by forgetting what the file has."""
     monkeypatch.setattr(module, "_L2_BUDGET", 4 * CLUSTER)
     with Engine(path) as engine:
         expected = bytearray(16 * COVERAGE)
@@ -176,19 +176,39 @@ def test_tables_that_wait_to_be_written_are_never_forgotten(path: Path, monkeypa
                 offset = number * COVERAGE + turn * 10 * CLUSTER
                 expected[offset : offset + 512] = engine.write(offset, 512, seed=turn)
             assert engine.contents() == expected
-
-            def look_around(call: Call) -> None:
-                engine.storage.before = lambda call: None
-                for number in range(16):
-                    engine.read(number * COVERAGE, 512)
-
-            engine.storage.before = look_around
             engine.disk.flush()
             assert engine.contents() == expected
     check(path)
     with Engine(path) as engine:
         assert engine.contents() == expected
         assert len(engine.image.mapping.tables) <= 5
+
+
+def test_a_table_that_a_flush_is_writing_is_not_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads meanwhile would load the old one, and all later changes would be made to that."""
+    monkeypatch.setattr(module, "_L2_BUDGET", 4 * CLUSTER)
+    expected = bytearray(16 * COVERAGE)
+    with Engine(path) as engine:
+        for number in range(16):
+            offset = number * COVERAGE
+            expected[offset : offset + 512] = engine.write(offset, 512)
+    with Engine(path) as engine:
+        for number in range(6):
+            offset = number * COVERAGE + 10 * CLUSTER
+            expected[offset : offset + 512] = engine.write(offset, 512, seed=2)
+        seen: list[bytes] = []
+
+        def look_around(call: Call) -> None:
+            engine.storage.before = lambda call: None
+            for number in (*range(6, 16), *range(6)):
+                seen.append(engine.read(number * COVERAGE, 11 * CLUSTER))
+
+        engine.storage.before = look_around
+        engine.disk.flush()
+        for number, data in zip((*range(6, 16), *range(6)), seen, strict=True):
+            assert data == expected[number * COVERAGE :][: 11 * CLUSTER]
+        assert engine.contents() == expected
+    check(path)
 
 
 def test_a_flush_separates_new_tables_from_those_that_name_them(path: Path) -> None:
