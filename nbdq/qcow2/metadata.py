@@ -104,5 +104,5 @@ def _named(storage: FileStorage, header: Header, tables: list[tuple[int, int]]) 
 
 def _offsets(entries: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The host offsets that entries of a table hold."""
-    offsets: NDArray[np.uint64] = np.unique(entries & np.uint64(OFFSET_MASK))
-    return np.asarray(offsets[offsets != 0], dtype=np.uint64)
+    offsets = entries & np.uint64(OFFSET_MASK)
+    return np.unique(offsets[offsets != 0])

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from nbdq.qcow2.fields import MAX_REFCOUNT_TABLE
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.protection import ProtectedClusters
-from nbdq.qcow2.refcount_widths import max_refcount
+from nbdq.qcow2.refcount_widths import max_refcount, unpack
 from nbdq.qcow2.tables import Table, Taken, Write
 from nbdq.storage import FileStorage
 
 _BLOCK_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
-#: Bytes of refcount blocks kept in memory, as in the file: 16 TiB of image with clusters of 64 KiB.
-_BLOCK_BUDGET = 512 << 20
+#: Bytes of memory for refcount blocks: those of an image of 4 TiB with clusters of 64 KiB.
+_BLOCK_BUDGET = 128 << 20
+#: So many bytes of a block that is not in memory are read instead of it, when they are all that is asked for.
+_GLANCE = 4096
 
 
 class BrokenRefcounts(Exception):
@@ -75,17 +77,21 @@ class Refcounts:
         """
         found = self._blocks.get(number)
         if found is None:
-            offset = self.table.words[number] & _BLOCK_OFFSET_MASK
-            if offset % self._cluster_size or offset == 0 or offset >= self._storage.size():
-                raise BrokenRefcounts(f"refcount block {number} is said to be at {offset:#x}")
+            offset = self._place(number)
             data = self._storage.read(offset, self._cluster_size).ljust(self._cluster_size, b"\0")
             self._make_room()
             found = self._blocks[number] = Table.parse(offset, data, self._order)
         return found
 
+    def _place(self, number: int) -> int:
+        offset = int(self.table.words[number] & _BLOCK_OFFSET_MASK)
+        if offset % self._cluster_size or offset == 0 or offset >= self._storage.size():
+            raise BrokenRefcounts(f"refcount block {number} is said to be at {offset:#x}")
+        return offset
+
     def _make_room(self) -> None:
         """Forget the blocks that were loaded first, unless they wait to be written."""
-        if len(self._blocks) * self._cluster_size >= _BLOCK_BUDGET:
+        if len(self._blocks) * max(self._cluster_size, self.block_clusters) >= _BLOCK_BUDGET:
             for number in list(self._blocks)[: len(self._blocks) // 4]:
                 if number not in self._dirty and number not in self._flushing:
                     del self._blocks[number]
@@ -142,8 +148,17 @@ class Refcounts:
         for number in np.unique(numbers).tolist():
             if self.has_block(number):
                 here = numbers == number
-                counts[here] = self.block(number).values[clusters[here] & np.uint64(self.block_clusters - 1)]
+                counts[here] = self._entries(number, clusters[here] & np.uint64(self.block_clusters - 1))
         return counts
+
+    def _entries(self, number: int, slots: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Entries of an existing block, which is loaded if that is worth it: thousands of blocks may be asked once."""
+        start = int(slots.min()) << self._order >> 3
+        length = ((int(slots.max()) + 1 << self._order) + 7 >> 3) - start
+        if number in self._blocks or length > _GLANCE:
+            return np.asarray(self.block(number).values[slots], dtype=np.uint64)
+        data = self._storage.read(self._place(number) + start, length).ljust(length, b"\0")
+        return np.asarray(unpack(data, self._order)[slots - np.uint64(start << 3 >> self._order)], dtype=np.uint64)
 
     def set_used(self, first: int, count: int) -> None:
         """Set the refcount of free clusters of one existing block to 1."""

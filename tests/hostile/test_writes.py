@@ -8,26 +8,27 @@ with limits (``write_worker.py``, ``write_trial.py``). For a longer exploration,
 """
 
 import errno
-import json
 import os
-import pickle
-import selectors
-import subprocess
-import sys
+import struct
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.errors import CorruptImage
 from nbdq.qcow2.features import Autoclear, Incompatible
 from nbdq.qcow2.format import build_header
+from nbdq.qcow2.protection import ProtectedClusters
+from nbdq.qcow2.refcount_widths import unpack
+from nbdq.qcow2.refcounts import Refcounts
 from nbdq.storage import FileStorage
 from tests.hostile.anatomy import COMPRESSED, COPIED, ZERO
-from tests.hostile.seeds import VARIANTS_TO_MUTATE, Seed, make_seed
+from tests.hostile.seeds import VARIANTS_TO_MUTATE, make_seed
 from tests.hostile.write_images import (
     END,
     FIRST_OWN,
@@ -36,17 +37,18 @@ from tests.hostile.write_images import (
     SHARED,
     Place,
     complete_image,
+    host_cluster,
     opened,
     set_l1,
     set_l2,
     set_refcount,
 )
-from tests.qcow2.minimal import minimal_header, poke
+from tests.hostile.write_laboratory import Worker
+from tests.qcow2.minimal import minimal_header, minimal_image, poke, stored
 from tests.qcow2.small import CLUSTER, put
 from tests.support.images import Variant
 from tests.support.tools import requires
 
-_ROOT = Path(__file__).parents[2]
 _DATA = memoryview(b"\xee" * CLUSTER)
 #: A guest cluster that is not allocated.
 _EMPTY = 3
@@ -73,85 +75,9 @@ def failure(change: Callable[[], None]) -> int | None:
     return None
 
 
-def host_cluster(path: Path, cluster: int) -> bytes:
-    return path.read_bytes()[cluster * CLUSTER : (cluster + 1) * CLUSTER]
-
-
-def refcount(path: Path, cluster: int) -> int:
-    start = Place.REFCOUNT_BLOCK * CLUSTER + 2 * cluster
-    return int.from_bytes(path.read_bytes()[start : start + 2], "big")
-
-
 def is_marked_corrupt(path: Path) -> bool:
     offset, bit = _CORRUPT_BIT
     return bool(path.read_bytes()[offset] & bit)
-
-
-# COPIED and refcounts that contradict each other (R-28).
-
-
-@pytest.mark.parametrize(
-    ("copied", "stored", "left"),
-    [(True, 2, 1), (True, 0, None), (False, 1, 1)],
-    ids=["COPIED, refcount 2", "COPIED, refcount 0", "refcount 1 without COPIED"],
-)
-@pytest.mark.parametrize("length", [CLUSTER, 7], ids=["whole cluster", "part"])
-def test_a_cluster_is_overwritten_in_place_only_if_flag_and_refcount_agree(
-    copied: bool, stored: int, left: int | None, length: int, tmp_path: Path
-) -> None:
-    image = complete_image()
-    set_l2(image, 1, FIRST_OWN * CLUSTER | (COPIED if copied else 0))
-    set_refcount(image, FIRST_OWN, stored)
-    path = save(tmp_path / "disk.qcow2", image)
-    old = bytes([0xA0 + FIRST_OWN]) * CLUSTER
-    with opened(path) as disk:
-        disk.write(_EMPTY * CLUSTER, _DATA)  # takes the cluster that is free by mistake, if there is one
-        before = host_cluster(path, FIRST_OWN)
-        if stored:
-            assert before == old
-        disk.write(CLUSTER, _DATA[:length])
-        assert host_cluster(path, FIRST_OWN) == before, "somebody else's"
-        assert read(disk, 1) == bytes(_DATA[:length]) + before[length:]
-        assert read(disk, _EMPTY) == bytes(_DATA)
-    assert not is_marked_corrupt(path)
-    if left is not None:
-        assert refcount(path, FIRST_OWN) == left, "a leak is the smaller damage"
-
-
-def test_two_entries_of_a_table_that_claim_one_cluster_own_nothing(tmp_path: Path) -> None:
-    image = complete_image()
-    set_l2(image, _EMPTY, COPIED | FIRST_OWN * CLUSTER)
-    path = save(tmp_path / "disk.qcow2", image)
-    with opened(path) as disk:
-        for first, second in ((1, _EMPTY), (_EMPTY, 1)):
-            kept = read(disk, second)
-            disk.write(first * CLUSTER, _DATA[:8])
-            assert read(disk, second) == kept
-        disk.discard(CLUSTER, CLUSTER)
-        disk.flush()
-        assert read(disk, _EMPTY)[:8] == bytes(_DATA[:8])
-
-
-def test_giving_up_a_cluster_that_another_table_names_too_marks_nothing_corrupt_but_breaks_no_metadata(
-    tmp_path: Path,
-) -> None:
-    image = complete_image()
-    set_l2(image, PER_TABLE + 1, COPIED | FIRST_OWN * CLUSTER)
-    path = save(tmp_path / "disk.qcow2", image)
-    metadata = [place for place in Place if place not in (Place.REFCOUNT_BLOCK, Place.ACTIVE_L2, Place.SECOND_L2)]
-    with opened(path) as disk:
-        before = [host_cluster(path, place) for place in metadata]
-        disk.discard(CLUSTER, CLUSTER)
-        disk.flush()
-        disk.write(5 * CLUSTER, _DATA)
-        disk.discard((PER_TABLE + 1) * CLUSTER, CLUSTER)
-        disk.flush()
-        disk.flush()
-        for cluster in range(20, 40):
-            disk.write(cluster * CLUSTER, _DATA)
-        disk.flush()
-        assert [host_cluster(path, place) for place in metadata] == before
-        assert read(disk, 20, 20) == bytes(_DATA) * 20
 
 
 # Tables that cannot be.
@@ -399,6 +325,56 @@ def test_a_publication_that_cannot_free_what_it_replaces_is_not_taken_back(
     assert hosts.most_common(1)[0][1] == 1, "two guest clusters share a host cluster"
 
 
+# What it costs.
+
+
+@pytest.mark.parametrize("order", range(7))
+def test_refcounts_are_the_same_whether_their_block_is_in_memory_or_not(order: int) -> None:
+    rng = np.random.default_rng(order)
+    header = minimal_header(cluster_bits=16, refcount_order=order)
+    image = minimal_image(header)
+    image[2 << 16 : 3 << 16] = rng.bytes(1 << 16)
+    expected = unpack(image[2 << 16 : 3 << 16], order)
+    storage = stored(bytes(image))
+    for span in (1, 2, 9, 300, len(expected)):
+        first = int(rng.integers(len(expected) - span + 1))
+        clusters = rng.integers(first, first + span, 20).astype(np.uint64)
+        fresh = Refcounts(storage, header, ProtectedClusters(np.empty(0, dtype=np.uint64)))
+        assert fresh.get_many(clusters).tolist() == expected[clusters].tolist()
+        fresh.block(0)
+        assert fresh.get_many(clusters).tolist() == expected[clusters].tolist()
+    storage.close()
+
+
+def test_entries_that_lead_to_a_thousand_refcount_blocks_load_none_of_them(tmp_path: Path) -> None:
+    """A block of refcounts of one bit takes eight times as much memory as in the file (R-33)."""
+    bits, blocks = 16, 1000
+    size, per_block = 1 << bits, 8 << bits
+    table, l1, l2, first = 1, 9, 10, 16
+    fields = {"refcount_table_clusters": 8, "l1_table_offset": l1 << bits, "refcount_order": 0}
+    header = minimal_header(cluster_bits=bits, size=size * 2000, **fields)
+    path = tmp_path / "disk.qcow2"
+    with path.open("wb") as file:
+        file.write(build_header(header))
+        file.seek(table << bits)
+        file.write(struct.pack(f">{blocks}Q", *((first + number) << bits for number in range(blocks))))
+        file.seek(l1 << bits)
+        file.write((COPIED | l2 << bits).to_bytes(8, "big"))
+        file.seek(l2 << bits)
+        file.write(
+            struct.pack(f">{blocks}Q", *(COPIED | (number * per_block) << bits for number in range(1, blocks + 1)))
+        )
+        file.seek(first << bits)
+        file.write(b"\xff" * 200)
+        file.truncate((first + blocks) << bits)
+    with opened(path) as disk:
+        tracemalloc.start()
+        disk.write(1500 * size, _DATA)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 << 20
+
+
 # Mutations.
 
 RANDOM_SEED = os.environ.get("NBDQ_SEED", "nbdq")
@@ -434,56 +410,6 @@ _NAMES = (
 _VARIANTS = [variant for variant in VARIANTS_TO_MUTATE if variant.name in _NAMES]
 TOTAL = int(os.environ.get("NBDQ_MUTATIONS", "1512"))
 _EACH = -(-TOTAL // len(_VARIANTS))
-#: Seconds of wall time without a report until the process counts as hung; CPU time has a limit of its own.
-_PATIENCE = 60
-
-
-class Worker:
-    """The process in which damaged images are written to."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-        self.seen: Counter[str] = Counter()
-
-    def try_all(self, seed: Seed, numbers: range) -> list[str]:
-        """Try these mutations; a text for each failure."""
-        if self._process is None:
-            command = [sys.executable, "-m", "tests.hostile.write_worker", str(self._directory)]
-            self._process = subprocess.Popen(
-                command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_ENVIRONMENT
-            )
-        assert self._process.stdin is not None
-        pickle.dump((seed, RANDOM_SEED, numbers), self._process.stdin)
-        self._process.stdin.flush()
-        failures = []
-        for number in numbers:
-            report = self._report()
-            if report is None:
-                self.close()
-                return [*failures, f"hangs or dies: {seed.variant.name} #{number}"]
-            self.seen.update(tried=1, opened=report["opened"], sound=report["opened"] and report["sound"])
-            failures += [f"{report['what']}\n    {text}" for text in report["failures"]]
-        return failures
-
-    def _report(self) -> dict[str, Any] | None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            line = self._process.stdout.readline() if selector.select(_PATIENCE) else b""
-        report: dict[str, Any] | None = json.loads(line) if line else None
-        return report
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-#: One malloc arena, because others reserve address space, which the limit would count.
-_ENVIRONMENT = {"LC_ALL": "C.UTF-8", "MALLOC_ARENA_MAX": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +425,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 def test_a_damaged_image_is_refused_or_written_without_making_anything_worse(
     variant: Variant, worker: Worker, tmp_path: Path
 ) -> None:
-    failures = worker.try_all(make_seed(variant, tmp_path), range(_EACH))
+    failures = worker.try_all(make_seed(variant, tmp_path), RANDOM_SEED, range(_EACH))
     assert not failures, f"NBDQ_SEED={RANDOM_SEED}\n" + "\n".join(failures)
 
 

@@ -117,3 +117,8 @@ def opened(path: Path, on_event: Callable[[str], None] = lambda text: None) -> I
         finally:
             with contextlib.suppress(OSError):
                 disk.close()
+
+
+def host_cluster(path: Path, cluster: int) -> bytes:
+    """The contents of a cluster of the file."""
+    return path.read_bytes()[cluster * CLUSTER : (cluster + 1) * CLUSTER]

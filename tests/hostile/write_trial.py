@@ -136,11 +136,12 @@ def attempt(target: Disk) -> Outcome:
         os.utime(path, (0, 0))
     failures: list[str] = []
     refusal = ""
+    events: list[str] = []
     spoiled: list[str] = []
     try:
         with contextlib.closing(ClusterCache(budget=4 << 20)) as clusters:
             disk = open_writable(
-                str(target.path), format="qcow2", policy=_policy(target), clusters=clusters, on_event=_one_line
+                str(target.path), format="qcow2", policy=_policy(target), clusters=clusters, on_event=events.append
             )
             assert isinstance(disk, OverlayDisk)
             size = disk.size
@@ -154,6 +155,8 @@ def attempt(target: Disk) -> Outcome:
     except (NbdqError, OSError) as error:
         _one_line(str(error))
         refusal = str(error)
+    for event in events:
+        _one_line(event)
     failures += [f"{path.name} was written" for path in others if _is_foreign(path, target) and path.stat().st_mtime]
     failures += _judge_bytes(target, head, is_repaired=bool(head[0][79] & 1))
     if refusal or content is None or not size:
@@ -161,7 +164,8 @@ def attempt(target: Disk) -> Outcome:
     assert before is not None
     if is_corrupt:
         failures.append("a sound image was marked corrupt")
-    failures += _judge_audit(before, _audit(target.path), is_whole=not spoiled)
+    # What is lost, leaks: bitmaps that cannot be maintained (Q70).
+    failures += _judge_audit(before, _audit(target.path), is_whole=not spoiled and not events)
     if not failures:
         again, snapshots_again = _look(target)
         if again is None or (difference := content.differs(again)):

@@ -20,6 +20,7 @@ from tests.hostile.write_images import (
     SHARED,
     Place,
     complete_image,
+    host_cluster,
     opened,
     set_l1,
     set_l2,
@@ -281,3 +282,75 @@ def test_the_clusters_of_own_new_metadata_are_protected_and_given_up_ones_are_no
             assert protected.overlaps(first, count) == (not expected.isdisjoint(range(first, first + count)))
     protected.add(7, 1)
     assert protected.overlaps(7, 1)
+
+
+# COPIED and refcounts that contradict each other.
+
+
+def refcount(path: Path, cluster: int) -> int:
+    start = Place.REFCOUNT_BLOCK * CLUSTER + 2 * cluster
+    return int.from_bytes(path.read_bytes()[start : start + 2], "big")
+
+
+@pytest.mark.parametrize(
+    ("copied", "stored", "left"),
+    [(True, 2, 1), (True, 0, None), (False, 1, 1)],
+    ids=["COPIED, refcount 2", "COPIED, refcount 0", "refcount 1 without COPIED"],
+)
+@pytest.mark.parametrize("length", [CLUSTER, 7], ids=["whole cluster", "part"])
+def test_a_cluster_is_overwritten_in_place_only_if_flag_and_refcount_agree(
+    copied: bool, stored: int, left: int | None, length: int, tmp_path: Path
+) -> None:
+    image = complete_image()
+    set_l2(image, 1, FIRST_OWN * CLUSTER | (COPIED if copied else 0))
+    set_refcount(image, FIRST_OWN, stored)
+    path = save(tmp_path / "disk.qcow2", image)
+    old = bytes([0xA0 + FIRST_OWN]) * CLUSTER
+    with opened(path) as disk:
+        disk.write(_EMPTY * CLUSTER, _DATA)  # takes the cluster that is free by mistake, if there is one
+        before = host_cluster(path, FIRST_OWN)
+        if stored:
+            assert before == old
+        disk.write(CLUSTER, _DATA[:length])
+        assert host_cluster(path, FIRST_OWN) == before, "somebody else's"
+        assert read(disk, 1) == bytes(_DATA[:length]) + before[length:]
+        assert read(disk, _EMPTY) == bytes(_DATA)
+    assert not path.read_bytes()[_FLAGS] & _CORRUPT
+    if left is not None:
+        assert refcount(path, FIRST_OWN) == left, "a leak is the smaller damage"
+
+
+def test_two_entries_of_a_table_that_claim_one_cluster_own_nothing(tmp_path: Path) -> None:
+    image = complete_image()
+    set_l2(image, _EMPTY, COPIED | FIRST_OWN * CLUSTER)
+    path = save(tmp_path / "disk.qcow2", image)
+    with opened(path) as disk:
+        for first, second in ((1, _EMPTY), (_EMPTY, 1)):
+            kept = read(disk, second)
+            disk.write(first * CLUSTER, _DATA[:8])
+            assert read(disk, second) == kept
+        disk.discard(CLUSTER, CLUSTER)
+        disk.flush()
+        assert read(disk, _EMPTY)[:8] == bytes(_DATA[:8])
+
+
+def test_giving_up_a_cluster_that_another_table_names_too_marks_nothing_corrupt_but_breaks_no_metadata(
+    tmp_path: Path,
+) -> None:
+    image = complete_image()
+    set_l2(image, PER_TABLE + 1, COPIED | FIRST_OWN * CLUSTER)
+    path = save(tmp_path / "disk.qcow2", image)
+    metadata = [place for place in Place if place not in (Place.REFCOUNT_BLOCK, Place.ACTIVE_L2, Place.SECOND_L2)]
+    with opened(path) as disk:
+        before = [host_cluster(path, place) for place in metadata]
+        disk.discard(CLUSTER, CLUSTER)
+        disk.flush()
+        disk.write(5 * CLUSTER, _DATA)
+        disk.discard((PER_TABLE + 1) * CLUSTER, CLUSTER)
+        disk.flush()
+        disk.flush()
+        for cluster in range(20, 40):
+            disk.write(cluster * CLUSTER, _DATA)
+        disk.flush()
+        assert [host_cluster(path, place) for place in metadata] == before
+        assert all(read(disk, cluster) == bytes(_DATA) for cluster in range(20, 40))
