@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def make_twins(variant: Variant, directory: Path) -> Twins:
     if not variant.huge:
         old = "compat=0.10" in variant.layers[-1].options  # amended images are v2 without a backing file
         guest = Guest(
-            raw_contents(ours),
+            read_in_process(ours),
             cluster_size=variant.layers[-1].cluster_size,
             discards=not (old and len(variant.layers) > 1),
         )
@@ -121,7 +122,9 @@ def play_twins(twins: Twins, rounds: Rounds, player: Player = play_in_process) -
     """
     for number, operations in enumerate(rounds):
         mine, other = twins.pair if number % 2 == 0 else twins.pair[::-1]
-        outcomes, expected = player(mine, operations), play_with_qemu(other, operations)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(play_with_qemu, other, operations)
+            outcomes, expected = player(mine, operations), future.result()
         for operation, outcome, wanted in zip(operations, outcomes, expected, strict=True):
             assert outcome == wanted, f"{operation}: {outcome!r} from nbdq, {wanted!r} from QEMU"
         for operation in operations:
