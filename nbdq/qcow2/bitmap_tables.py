@@ -64,7 +64,7 @@ def read_table(storage: FileStorage, header: Header, bitmap: Bitmap) -> Table:
         raise InvalidImage(
             path, f"{name} has a table of {bitmap.table_size} entries, but the disk needs {needed}", LOST
         )
-    raw = storage.read(bitmap.table_offset, needed * 8)
+    raw = storage.read(bitmap.table_offset, needed * 8) if bitmap.table_offset < storage.size() else b""
     if len(raw) < needed * 8:
         raise CorruptImage(path, f"{name} has a table that goes on past the end of the file", LOST)
     table = np.frombuffer(raw, dtype=">u8").astype(np.uint64)

@@ -250,6 +250,13 @@ def test_bitmap_data_that_is_other_metadata_forbids_writing(place: Place, tmp_pa
     assert_refused_unchanged(save(tmp_path / "disk.qcow2", image))
 
 
+@pytest.mark.parametrize("offset", [1 << 40, (1 << 63) - CLUSTER, 1 << 63, (1 << 64) - CLUSTER])
+def test_a_bitmap_whose_table_lies_nowhere_forbids_writing(offset: int, tmp_path: Path) -> None:
+    image = complete_image()
+    put(image, Place.BITMAP_DIRECTORY * CLUSTER, offset)
+    assert_refused_unchanged(save(tmp_path / "disk.qcow2", image))
+
+
 def assert_refused_unchanged(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(CorruptImage) as caught, opened(path):
