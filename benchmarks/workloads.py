@@ -123,7 +123,8 @@ class Fio:
                 *("--output-format=json", f"--output={output.name}"),
                 seconds=seconds,
             )
-            job = json.loads(output.read())["jobs"][0]
+            text = output.read()
+            job = json.loads(text[text.index(b"{") :])["jobs"][0]  # behind what fio has to remark
         side = job["write" if "write" in self.rw else "read"]
         if job["error"] or not side["total_ios"]:
             raise ClientError(f"fio made {side['total_ios']} requests and ended with error {job['error']}")
