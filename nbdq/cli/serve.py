@@ -25,6 +25,7 @@ from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
 from nbdq.server.writing import DetectZeroes
+from nbdq.storage import share_one_heap
 
 _log = logging.getLogger(__name__)
 
@@ -148,6 +149,7 @@ def serve_command(
     SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
     configure_logging(verbosity=verbose, log_format=log_format)
+    share_one_heap()
     if len(images) > 1 and (chain["backing"] or snapshot or bitmaps):
         raise click.UsageError("--backing, --load-snapshot and --bitmap are for a single IMAGE")
     if detect_zeroes == DetectZeroes.UNMAP and discard == "ignore":

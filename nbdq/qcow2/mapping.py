@@ -68,6 +68,11 @@ class Mapping:
         """Whether anything differs from the file."""
         return bool(self._dirty) or self.l1.needs_write
 
+    def present(self, first: int, last: int) -> list[int]:
+        """The L1 indexes in ``[first, last)`` that have an entry, ascending."""
+        found: list[int] = (np.flatnonzero(self.l1.values[first:last]) + first).tolist()
+        return found
+
     def get(self, l1_index: int) -> L2Table | None:
         """The table that maps entry ``l1_index`` of the L1 table; None if nothing there was ever allocated.
 

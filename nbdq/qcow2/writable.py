@@ -383,13 +383,14 @@ class WritableImage:
         """Store the bitmaps, flush until nothing is left to be written, and close. No other call may be in progress.
 
         Raises:
-            OSError: as :meth:`flush`; everything is closed nevertheless.
+            OSError: as :meth:`flush`, and EIO after a failure that was final: what was written last may be lost.
+                Everything is closed nevertheless.
         """
         try:
-            if not self.is_corrupt and self.storage.failure is None:
+            if not self.is_corrupt:
                 self._store_bitmaps()
                 self.flush()
-                if self.refcounts.needs_flush:  # what was freed is lowered now
+                while self.refcounts.needs_flush:  # what was freed is lowered now
                     self.flush()
         finally:
             self.reader.close()

@@ -96,14 +96,19 @@ class Zeroing:
         """The range in parts of one L2 table each, and extended clusters that are not covered whole by themselves."""
         coverage = self._geometry.l2_coverage
         size = self._image.cluster_size
-        while start < end:
-            stop = min(end, (start // coverage + 1) * coverage)
-            if start % size:
-                stop = min(stop, (start // size + 1) * size)
-            elif stop % size and stop != self._image.size and stop - start > size:
-                stop = stop // size * size
-            yield start, stop
-            start = stop
+        first, last = start // coverage, (end - 1) // coverage + 1
+        # Where nothing is below, a table that is not there need not be looked at.
+        indexes = range(first, last) if self._image.below is not None else self._image.mapping.present(first, last)
+        for l1_index in indexes:
+            low, high = max(start, l1_index * coverage), min(end, (l1_index + 1) * coverage)
+            while low < high:
+                stop = high
+                if low % size:
+                    stop = min(stop, (low // size + 1) * size)
+                elif stop % size and stop != self._image.size and stop - low > size:
+                    stop = stop // size * size
+                yield low, stop
+                low = stop
 
     def _zero_in_table(self, start: int, end: int, *, unmap: bool) -> None:
         image = self._image
