@@ -203,14 +203,16 @@ class Allocator:
         """End the quarantine of what only requests before epoch ``oldest_active`` could know; the clusters that have
         become free, for whoever wants to punch them before anything else is allocated.
 
+        What would change more refcount blocks than fit in memory stays in quarantine until after the next flush.
+
         Raises:
             BrokenRefcounts: one of them holds metadata, which a guest's entry or a bitmap had named.
             BrokenRefcounts, OSError: a refcount block cannot be read; what was left stays in quarantine.
         """
         released: list[Run] = []
-        while self._quarantine and self._quarantine[0].epoch < oldest_active:
+        while self._quarantine and self._quarantine[0].epoch < oldest_active and not self._refcounts.is_crowded:
             runs = self._quarantine[0].runs
-            while runs:
+            while runs and not self._refcounts.is_crowded:
                 first, count, _ = runs[-1]
                 ended = [Run(*part) for part in self._refcounts.lower(first, count)]
                 runs.pop()
@@ -218,7 +220,8 @@ class Allocator:
                     if self._protected.overlaps(run.first, run.clusters):
                         raise BrokenRefcounts(f"cluster {run.first} or one behind it was given up, but holds metadata")
                 released += ended
-            self._quarantine.pop(0)
+            if not runs:
+                self._quarantine.pop(0)
         known = self._next_block * self._refcounts.block_clusters
         self._free += [run for run in released if run.first < known]
         return released

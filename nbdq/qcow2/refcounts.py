@@ -89,6 +89,11 @@ class Refcounts:
             raise BrokenRefcounts(f"refcount block {number} is said to be at {offset:#x}")
         return offset
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many blocks wait for a flush that no more should be changed before it."""
+        return len(self._dirty) * max(self._cluster_size, self.block_clusters) >= _BLOCK_BUDGET // 2
+
     def _make_room(self) -> None:
         """Forget the blocks that were loaded first, unless they wait to be written."""
         if len(self._blocks) * max(self._cluster_size, self.block_clusters) >= _BLOCK_BUDGET:

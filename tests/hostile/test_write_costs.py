@@ -2,6 +2,7 @@
 
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from nbdq.qcow2.refcounts import Refcounts
 from tests.hostile.anatomy import COPIED
 from tests.hostile.write_images import opened
 from tests.qcow2.minimal import minimal_header, minimal_image, stored
+
+#: Clusters of 64 KiB; a block of refcounts of one bit takes eight times as much memory as in the file.
+BITS = 16
+BLOCKS = 1000
 
 
 @pytest.mark.parametrize("order", range(7))
@@ -34,30 +39,53 @@ def test_refcounts_are_the_same_whether_their_block_is_in_memory_or_not(order: i
     storage.close()
 
 
-def test_entries_that_lead_to_a_thousand_refcount_blocks_load_none_of_them(tmp_path: Path) -> None:
-    """A block of refcounts of one bit takes eight times as much memory as in the file (R-33)."""
-    bits, blocks = 16, 1000
-    size, per_block = 1 << bits, 8 << bits
+def scattered_image(path: Path, *, refcounts: bytes, inside: int) -> None:
+    """Entry ``n`` names the cluster ``inside`` refcount block ``n + 1``, whose refcounts there are ``refcounts``."""
     table, l1, l2, first = 1, 9, 10, 16
-    fields = {"refcount_table_clusters": 8, "l1_table_offset": l1 << bits, "refcount_order": 0}
-    header = minimal_header(cluster_bits=bits, size=size * 2000, **fields)
-    path = tmp_path / "disk.qcow2"
+    fields = {"refcount_table_clusters": 8, "l1_table_offset": l1 << BITS, "refcount_order": 0}
     with path.open("wb") as file:
-        file.write(build_header(header))
-        file.seek(table << bits)
-        file.write(struct.pack(f">{blocks}Q", *((first + number) << bits for number in range(blocks))))
-        file.seek(l1 << bits)
-        file.write((COPIED | l2 << bits).to_bytes(8, "big"))
-        file.seek(l2 << bits)
-        file.write(
-            struct.pack(f">{blocks}Q", *(COPIED | (number * per_block) << bits for number in range(1, blocks + 1)))
-        )
-        file.seek(first << bits)
+        file.write(build_header(minimal_header(cluster_bits=BITS, size=2000 << BITS, **fields)))
+        file.seek(table << BITS)
+        file.write(struct.pack(f">{BLOCKS}Q", *((first + number) << BITS for number in range(BLOCKS))))
+        file.seek(l1 << BITS)
+        file.write((COPIED | l2 << BITS).to_bytes(8, "big"))
+        file.seek(l2 << BITS)
+        hosts = ((number * (8 << BITS) + inside) << BITS for number in range(1, BLOCKS))
+        file.write(struct.pack(f">{BLOCKS - 1}Q", *(COPIED | host for host in hosts)))
+        for number in range(1, BLOCKS):
+            file.seek(((first + number) << BITS) + inside // 8)
+            file.write(refcounts)
+        file.seek(first << BITS)
         file.write(b"\xff" * 200)
-        file.truncate((first + blocks) << bits)
-    with opened(path) as disk:
-        tracemalloc.start()
-        disk.write(1500 * size, memoryview(b"\xee" * 512))
-        peak = tracemalloc.get_traced_memory()[1]
+        file.truncate((first + BLOCKS) << BITS)
+
+
+def peak_of(action: Callable[[], None]) -> int:
+    """Bytes of memory that ``action`` needs at most."""
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
         tracemalloc.stop()
-        assert peak < 16 << 20
+
+
+def test_entries_that_lead_to_a_thousand_refcount_blocks_load_none_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    scattered_image(path, refcounts=b"", inside=0)
+    with opened(path) as disk:
+        assert peak_of(lambda: disk.write(1500 << BITS, memoryview(b"\xee" * 512))) < 16 << 20
+
+
+def test_giving_up_clusters_of_a_thousand_refcount_blocks_changes_a_part_of_them_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    scattered_image(path, refcounts=b"\x01", inside=8000)
+
+    def give_up() -> None:
+        disk.discard(0, 1500 << BITS)
+        disk.flush()
+
+    with opened(path, punch=False) as disk:
+        assert peak_of(give_up) < 160 << 20
+    content = path.read_bytes()
+    assert not any(content[((16 + number) << BITS) + 1000] for number in range(1, BLOCKS)), "none is left behind"

@@ -106,11 +106,15 @@ def set_refcount(image: bytearray, cluster: int, refcount: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: Path, on_event: Callable[[str], None] = lambda text: None) -> Iterator[OverlayDisk]:
+def opened(
+    path: Path, on_event: Callable[[str], None] = lambda text: None, *, punch: bool = True
+) -> Iterator[OverlayDisk]:
     """The image, open for writing as the server opens it; closed afterwards, whatever that brings."""
     with contextlib.closing(ClusterCache(budget=1 << 20)) as clusters:
         policy = Policy(allow_data_file=True)
-        disk = open_writable(str(path), format="qcow2", policy=policy, clusters=clusters, on_event=on_event)
+        disk = open_writable(
+            str(path), format="qcow2", policy=policy, clusters=clusters, punch=punch, on_event=on_event
+        )
         assert isinstance(disk, OverlayDisk)
         try:
             yield disk
