@@ -18,6 +18,9 @@ from nbdq.qcow2.writable import WritableImage
 
 #: Clusters that one part takes at most: what others have to wait for.
 _PART_BYTES = 4 << 20
+#: How long a write that should not wait waits for the lock. Whoever holds it mostly needs nothing but the interpreter,
+#: which waiting gives up; without that a single write in the pool sends all that follow there, too.
+_LOCK_SECONDS = 0.0002
 _ZEROS = memoryview(bytes(2 << 20))
 
 
@@ -57,6 +60,8 @@ class GuestWrites:
         self._free_flags = READS_ZERO if geometry.version >= 3 else 0
         #: Clusters that became metadata after tables which name them were checked: two entries had named one (R-28).
         self._new_metadata = frozenset() if self._data_file else image.protected.added
+        #: One cluster, to be put together under the lock.
+        self._scratch = memoryview(bytearray(geometry.cluster_size))
         self._part_clusters = max(1, _PART_BYTES // geometry.cluster_size)
 
     def write(self, offset: int, view: memoryview) -> None:
@@ -87,7 +92,7 @@ class GuestWrites:
         image.relieve()
 
     def write_new_at_once(self, offset: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
-        """Write to new clusters if nothing has to be waited for, not even the lock; False, and nothing done, if not.
+        """Write to new clusters if nothing has to be waited for but the lock, shortly; False, and nothing done, if not.
 
         ``read_below`` fills a view without waiting, or says that it cannot. The lock is held meanwhile: what is written
         here goes no further than the page cache.
@@ -96,7 +101,7 @@ class GuestWrites:
             OSError: as :meth:`write`.
         """
         image = self._image
-        if self._extended or self._data_file or not image.lock.acquire(blocking=False):
+        if self._extended or self._data_file or not image.lock.acquire(timeout=_LOCK_SECONDS):
             return False
         try:
             return self._write_new_locked(offset, view, read_below)
@@ -123,24 +128,13 @@ class GuestWrites:
             return False
         new = _New(first, count, run.first << self._bits, run, is_unwritten=run.is_fresh)
         try:
-            buffers = [view]
-            position = new.host + offset - (first << self._bits)
-            around = (
-                self._old_at_once(entries[0], first << self._bits, offset, new, read_below),
-                self._old_at_once(entries[-1], end, first + count << self._bits, new, read_below),
-            )
-            if around[0] is None or around[1] is None:
+            assembled = self._assemble_at_once(new, entries, offset, view, read_below)
+            if assembled is None:
                 image.allocator.undo(run)
                 return False
-            head, tail = around
-            if head:
-                buffers.insert(0, head)
-                position -= len(head)
-            if tail:
-                buffers.append(tail)
             if image.bitmaps is not None:
                 image.bitmaps.mark(offset, len(view))
-            image.data.write_vector(position, buffers)
+            image.data.write_vector(*assembled)
         except BaseException:
             image.allocator.undo(run)
             raise
@@ -150,16 +144,51 @@ class GuestWrites:
         image.published = True
         return True
 
+    def _assemble_at_once(
+        self,
+        part: _New,
+        entries: list[int],
+        offset: int,
+        view: memoryview,
+        read_below: Callable[[int, memoryview], bool],
+    ) -> tuple[int, list[memoryview]] | None:
+        """Host offset and buffers of what has to be written; None if that cannot be told without waiting."""
+        start, size = part.first << self._bits, self._cluster_size
+        if part.clusters == 1 and len(view) < size and not self._is_zero_at_once(entries[0], start, start + size):
+            # The usual copy on write: one read, one write, and memory that is still in the processor's cache.
+            cluster = self._scratch
+            if not self._read_below_at_once(start, cluster, read_below):
+                return None
+            cluster[offset - start : offset - start + len(view)] = view
+            return part.host, [cluster]
+        end, stop = offset + len(view), start + (part.clusters << self._bits)
+        head = self._old_at_once(entries[0], start, offset, part, read_below)
+        tail = self._old_at_once(entries[-1], end, stop, part, read_below)
+        if head is None or tail is None:
+            return None
+        return part.host + offset - start - len(head), [buffer for buffer in (head, view, tail) if buffer]
+
+    def _is_zero_at_once(self, entry: int, start: int, end: int) -> bool:
+        """Whether a range, where there is nothing or a zero cluster, is known to read as zeros."""
+        below = self._image.below
+        if entry or below is None or start >= below.size:
+            return True
+        return below.reads_zero_cached(start, min(end, below.size) - start)
+
+    def _read_below_at_once(self, start: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
+        below = self._image.below
+        count = min(len(view), below.size - start) if below is not None else 0
+        view[count:] = bytes(len(view) - count)
+        return read_below(start, view[:count])
+
     def _old_at_once(
         self, entry: int, start: int, end: int, part: _New, read_below: Callable[[int, memoryview], bool]
     ) -> memoryview | None:
         """As :meth:`_old`, empty for nothing; None if that cannot be told without waiting."""
-        below = self._image.below
-        stop = 0 if below is None or entry else min(end, below.size)
-        if start >= stop or (below is not None and below.reads_zero_cached(start, stop - start)):
+        if start >= end or self._is_zero_at_once(entry, start, end):
             return _ZEROS[:0] if part.is_unwritten else _ZEROS[: end - start]
         data = memoryview(bytearray(end - start))
-        return data if read_below(start, data[: stop - start]) else None
+        return data if self._read_below_at_once(start, data, read_below) else None
 
     def in_place(self, table: L2Table, index: int, *, start: int, end: int) -> int:
         """Host offset of a cluster whose bytes ``[start, end)`` may be overwritten where they are; else -1."""
