@@ -31,6 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nbdq.chain": {"nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     # The two cores never meet.
     "nbdq.qcow2": {"nbdq.block", "nbdq.storage", "nbdq.errors"},
+    # Within it: an image is read by what lies at the top, and everything else stands on that.
+    "nbdq.qcow2.bitmaps": {"nbdq.qcow2", "nbdq.block", "nbdq.storage", "nbdq.errors"},
+    "nbdq.qcow2.audit": {"nbdq.qcow2", "nbdq.storage", "nbdq.errors"},
+    "nbdq.qcow2.writing": {"nbdq.qcow2", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.nbd": {"nbdq.errors"},
     "nbdq.block": {"nbdq.storage", "nbdq.errors"},
     "nbdq.locks": {"nbdq.errors"},
@@ -41,8 +45,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 #: What ``nbdq check`` is made of.
 AUDITORS = {
-    *("nbdq.qcow2.check", "nbdq.qcow2.check_mappings", "nbdq.qcow2.check_result", "nbdq.qcow2.sparse_tables"),
-    *("nbdq.qcow2.reference_counts", "nbdq.qcow2.stored_refcounts", "nbdq.qcow2.snapshot_records"),
+    *(
+        "nbdq.qcow2.audit.check",
+        "nbdq.qcow2.audit.mappings",
+        "nbdq.qcow2.audit.result",
+        "nbdq.qcow2.audit.sparse_tables",
+    ),
+    *("nbdq.qcow2.audit.reference_counts", "nbdq.qcow2.audit.stored_refcounts", "nbdq.qcow2.audit.snapshot_records"),
 }
 
 #: Modules with fewer rights than their package.
@@ -51,7 +60,7 @@ MAY_IMPORT_ONLY: dict[str, set[str]] = {
     **{
         name: {
             *("nbdq.qcow2.format", "nbdq.qcow2.fields", "nbdq.qcow2.entries", "nbdq.qcow2.cursor"),
-            *("nbdq.qcow2.snapshots", "nbdq.qcow2.bitmaps", "nbdq.qcow2.refcount_widths"),  # readers
+            *("nbdq.qcow2.snapshots", "nbdq.qcow2.bitmaps.directory", "nbdq.qcow2.refcount_widths"),  # readers
             *("nbdq.storage", "nbdq.errors", *AUDITORS),
         }
         for name in AUDITORS
@@ -73,7 +82,7 @@ RESERVED: dict[str, set[str]] = {
     # construct declares what is cold: a parse of it on a hot path costs a hundred times a struct.
     "construct": {
         *("nbdq.qcow2.format", "nbdq.qcow2.fields", "nbdq.qcow2.extensions", "nbdq.qcow2.snapshots"),
-        *("nbdq.qcow2.bitmaps", "nbdq.qcow2.luks"),
+        *("nbdq.qcow2.bitmaps.directory", "nbdq.qcow2.luks"),
         "nbdq.nbd.messages",
     },
     "fcntl": {"nbdq.locks", "nbdq.storage"},

@@ -6,10 +6,10 @@ from nbdq.block import BlockDevice
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.errors import ExportError, printable
-from nbdq.qcow2.bitmap_tables import load_bits
-from nbdq.qcow2.dirty import DirtyBits
+from nbdq.qcow2.bitmaps.bits import DirtyBits
+from nbdq.qcow2.bitmaps.tables import load_bits
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.tracking import DirtyBitmaps
 
 
 def find_bitmaps(disk: BlockDevice, names: Iterable[str]) -> dict[str, DirtyBits]:

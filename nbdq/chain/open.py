@@ -13,13 +13,13 @@ from nbdq.chain.raw import RawImage
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import ResolvedLayer, resolve_chain
 from nbdq.errors import UnsupportedImage
-from nbdq.qcow2.bitmaps import iterate_bitmaps
+from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
+from nbdq.qcow2.bitmaps.tracking import take_over_bitmaps
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.prepare import prepare_for_writing
 from nbdq.qcow2.snapshots import check_snapshot, find_snapshot, iterate_snapshots, read_snapshots
-from nbdq.qcow2.tracking import take_over_bitmaps
-from nbdq.qcow2.writable import WritableImage
+from nbdq.qcow2.writing.prepare import prepare_for_writing
+from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.storage import FileStorage
 
 

@@ -4,7 +4,7 @@ The image is asked first, one table access for each cluster; what it does not ho
 layers below, at the same cost for any depth. Must not know NBD, sockets or event loops.
 
 The methods named ``…_cached`` and :meth:`OverlayDisk.write_cached` are for one thread, which never waits: they look at
-tables without the lock, under a pin of their own (see :meth:`nbdq.qcow2.writable.WritableImage.pinned`).
+tables without the lock, under a pin of their own (see :meth:`nbdq.qcow2.writing.writable.WritableImage.pinned`).
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from nbdq.qcow2.entries import (
     READS_ZERO,
     SUBCLUSTERS,
 )
-from nbdq.qcow2.growth import grow
-from nbdq.qcow2.guest_reads import GuestReads
-from nbdq.qcow2.guest_writes import GuestWrites
-from nbdq.qcow2.mapping import L2Table
-from nbdq.qcow2.writable import WritableImage
-from nbdq.qcow2.zeroing import Zeroing
+from nbdq.qcow2.writing.growth import grow
+from nbdq.qcow2.writing.guest_reads import GuestReads
+from nbdq.qcow2.writing.guest_writes import GuestWrites
+from nbdq.qcow2.writing.mapping import L2Table
+from nbdq.qcow2.writing.writable import WritableImage
+from nbdq.qcow2.writing.zeroing import Zeroing
 
 #: An epoch that never comes: nothing is pinned.
 _NEVER = 1 << 63
@@ -297,7 +297,7 @@ class OverlayDisk:
         self._zeroing.discard(offset, length)
 
     def grow(self, size: int) -> None:
-        """Make the disk larger, durably; what is new reads as zeros. See :func:`nbdq.qcow2.growth.grow`."""
+        """Make the disk larger, durably; what is new reads as zeros. See :func:`nbdq.qcow2.writing.growth.grow`."""
         grow(self.top, self._zeroing, size)
         if self.below is not None:
             self._below_size = min(self.below.size, size)

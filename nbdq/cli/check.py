@@ -11,10 +11,10 @@ import click
 
 from nbdq.errors import printable
 from nbdq.locks import READER, TOLERANT_READER, WRITER, lock_image
-from nbdq.qcow2.check import check_image
-from nbdq.qcow2.check_result import CheckResult
-from nbdq.qcow2.damaged_header import read_header_to_check
-from nbdq.qcow2.repair import Repair, Repaired, repair_image
+from nbdq.qcow2.audit.check import check_image
+from nbdq.qcow2.audit.damaged_header import read_header_to_check
+from nbdq.qcow2.audit.repair import Repair, Repaired, repair_image
+from nbdq.qcow2.audit.result import CheckResult
 from nbdq.storage import FileStorage
 
 #: Exit statuses.

@@ -18,7 +18,7 @@ from nbdq.chain.resolve import backing_path, resolve_chain
 from nbdq.cli.options import chain_arguments, chain_options
 from nbdq.errors import printable
 from nbdq.locks import READER, TOLERANT_READER, lock_image
-from nbdq.qcow2.bitmaps import Bitmap, BitmapFlags, read_bitmaps
+from nbdq.qcow2.bitmaps.directory import Bitmap, BitmapFlags, read_bitmaps
 from nbdq.qcow2.format import Compatible, CompressionType, CryptMethod, Header, read_header
 from nbdq.qcow2.luks import LuksHeader, read_luks_header
 from nbdq.qcow2.snapshots import Snapshot, read_snapshots

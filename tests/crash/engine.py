@@ -10,13 +10,13 @@ import numpy as np
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_writable
 from nbdq.errors import ImageError
-from nbdq.qcow2 import guest_writes, mapping, refcounts, writable
-from nbdq.qcow2.bitmap_tables import load_bits
-from nbdq.qcow2.bitmaps import BitmapFlags, read_bitmaps
-from nbdq.qcow2.check import check_image
-from nbdq.qcow2.dirty import DirtyBits
+from nbdq.qcow2.audit.check import check_image
+from nbdq.qcow2.bitmaps.bits import DirtyBits
+from nbdq.qcow2.bitmaps.directory import BitmapFlags, read_bitmaps
+from nbdq.qcow2.bitmaps.tables import load_bits
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import read_header
+from nbdq.qcow2.writing import guest_writes, mapping, refcounts, writable
 from nbdq.storage import FileStorage
 from tests.crash.guest import Disk
 from tests.crash.recorder import SECTOR

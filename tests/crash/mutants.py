@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
-from nbdq.qcow2.allocator import Allocator, Run
-from nbdq.qcow2.mapping import Mapping
-from nbdq.qcow2.refcounts import Refcounts
-from nbdq.qcow2.tables import Taken
-from nbdq.qcow2.tracking import DirtyBitmaps
-from nbdq.qcow2.writable import WritableImage
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
+from nbdq.qcow2.writing.allocator import Allocator, Run
+from nbdq.qcow2.writing.mapping import Mapping
+from nbdq.qcow2.writing.refcounts import Refcounts
+from nbdq.qcow2.writing.tables import Taken
+from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.storage import FileStorage
 
 

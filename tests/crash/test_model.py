@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdq.qcow2.dirty import DirtyBits
+from nbdq.qcow2.bitmaps.bits import DirtyBits
 from nbdq.storage import FileStorage
 from tests.crash.guest import History, Verb
 from tests.crash.recorder import SECTOR, Act, Entry, Recorder

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nbdq.qcow2.format import build_header
-from nbdq.qcow2.protection import ProtectedClusters
 from nbdq.qcow2.refcount_widths import unpack
-from nbdq.qcow2.refcounts import Refcounts
+from nbdq.qcow2.writing.protection import ProtectedClusters
+from nbdq.qcow2.writing.refcounts import Refcounts
 from tests.hostile.anatomy import COPIED
 from tests.hostile.write_images import opened
 from tests.qcow2.minimal import minimal_header, minimal_image, stored

@@ -38,8 +38,8 @@ from tests.hostile.write_images import (
     set_refcount,
 )
 from tests.hostile.write_laboratory import Worker
+from tests.qcow2.audit.small import CLUSTER, put
 from tests.qcow2.minimal import minimal_header, poke
-from tests.qcow2.small import CLUSTER, put
 from tests.support.images import Variant
 from tests.support.tools import requires
 

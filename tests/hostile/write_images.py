@@ -17,8 +17,8 @@ from nbdq.qcow2.extensions import BitmapsExtension
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import build_header
 from tests.hostile.anatomy import COPIED
+from tests.qcow2.audit.small import CLUSTER, put
 from tests.qcow2.minimal import minimal_header
-from tests.qcow2.small import CLUSTER, put
 
 #: Guest clusters that one L2 table maps.
 PER_TABLE = CLUSTER // 8

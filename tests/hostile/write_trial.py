@@ -21,9 +21,9 @@ from nbdq.chain.open import open_disk, open_writable
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.errors import NbdqError
-from nbdq.qcow2.check import check_image
-from nbdq.qcow2.check_result import CheckResult
-from nbdq.qcow2.damaged_header import read_header_to_check
+from nbdq.qcow2.audit.check import check_image
+from nbdq.qcow2.audit.damaged_header import read_header_to_check
+from nbdq.qcow2.audit.result import CheckResult
 from nbdq.storage import FileStorage
 
 #: Guest bytes that are looked at and changed, at both ends of a disk.

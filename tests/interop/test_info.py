@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nbdq.errors import ImageError
-from nbdq.qcow2.bitmaps import read_bitmaps
+from nbdq.qcow2.bitmaps.directory import read_bitmaps
 from nbdq.qcow2.extensions import EncryptionPointer
 from nbdq.qcow2.format import CryptMethod, Header, build_header, read_header
 from nbdq.qcow2.snapshots import read_snapshots

@@ -29,8 +29,8 @@ import numpy as np
 
 from nbdq.block import WritableBlockDevice
 from nbdq.errors import ImageError
-from nbdq.qcow2.bitmap_tables import load_bits
-from nbdq.qcow2.bitmaps import BitmapFlags, read_bitmaps
+from nbdq.qcow2.bitmaps.directory import BitmapFlags, read_bitmaps
+from nbdq.qcow2.bitmaps.tables import load_bits
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import read_header
 from nbdq.storage import Data, FileStorage

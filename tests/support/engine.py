@@ -19,7 +19,7 @@ from nbdq.qcow2.create import CreateOptions, plan_image, write_header, write_tab
 from nbdq.qcow2.entries import COMPRESSED, OFFSET_MASK
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.writable import WritableImage
+from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.storage import Data, FileStorage
 from tests.support.images import content
 from tests.support.tools import execute, run
