@@ -27,6 +27,7 @@ from nbdq.qcow2.entries import (
 from nbdq.qcow2.writing.growth import grow
 from nbdq.qcow2.writing.guest_reads import GuestReads
 from nbdq.qcow2.writing.guest_writes import GuestWrites
+from nbdq.qcow2.writing.inline_writes import InlineWrites
 from nbdq.qcow2.writing.mapping import L2Table
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
@@ -51,6 +52,7 @@ class OverlayDisk:
         self._clusters = clusters
         self._reads = GuestReads(top, self._inflate)
         self._writes = GuestWrites(top, self._reads)
+        self._inline_writes = InlineWrites(top, self._writes)
         self._zeroing = Zeroing(top, self._reads, self._writes)
         geometry = top.geometry
         self._bits = geometry.cluster_bits
@@ -242,7 +244,7 @@ class OverlayDisk:
             index = offset >> self._bits & self._l2_mask
             host = self._writes.in_place(table, index, start=start, end=min(start + length, self._cluster_size))
             if host < 0:
-                return self._writes.write_new_at_once(offset, view, self._read_below_cached)
+                return self._inline_writes.write(offset, view, self._read_below_cached)
             done = self._cluster_size - start
             while done < length:  # one write, if the clusters are neighbours
                 index += 1

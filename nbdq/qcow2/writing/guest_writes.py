@@ -6,21 +6,16 @@ together with what has to be copied around it; under the lock, the entries are *
 until then, and a write that fails leaves no trace but free clusters (A7, A8).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from nbdq.qcow2.entries import ALL_SUBCLUSTERS, COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, SUBCLUSTERS
 from nbdq.qcow2.writing.allocator import Run, TableFull
 from nbdq.qcow2.writing.guest_reads import GuestReads
 from nbdq.qcow2.writing.mapping import L2Table
-from nbdq.qcow2.writing.refcounts import BrokenRefcounts
 from nbdq.qcow2.writing.writable import WritableImage
 
 #: Clusters that one part takes at most: what others have to wait for.
 _PART_BYTES = 4 << 20
-#: How long a write that should not wait waits for the lock. Whoever holds it mostly needs nothing but the interpreter,
-#: which waiting gives up; without that a single write in the pool sends all that follow there, too.
-_LOCK_SECONDS = 0.0002
 _ZEROS = memoryview(bytes(2 << 20))
 
 
@@ -31,7 +26,7 @@ class _InPlace(NamedTuple):
     length: int
 
 
-class _New(NamedTuple):
+class NewClusters(NamedTuple):
     """The next bytes go to host clusters that the tables will name: for ``clusters`` guest clusters from ``first``."""
 
     first: int
@@ -56,12 +51,8 @@ class GuestWrites:
         self._extended = geometry.extended_l2
         self._granule = geometry.granule
         self._data_file = geometry.has_data_file
-        #: What an entry may be where nothing is; version 2 has no zeros (Q38).
-        self._free_flags = READS_ZERO if geometry.version >= 3 else 0
         #: Clusters that became metadata after tables which name them were checked: two entries had named one (R-28).
         self._new_metadata = frozenset() if self._data_file else image.protected.added
-        #: One cluster, to be put together under the lock.
-        self._scratch = memoryview(bytearray(geometry.cluster_size))
         self._part_clusters = max(1, _PART_BYTES // geometry.cluster_size)
 
     def write(self, offset: int, view: memoryview) -> None:
@@ -91,105 +82,6 @@ class GuestWrites:
                 view = view[count:]
         image.relieve()
 
-    def write_new_at_once(self, offset: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
-        """Write to new clusters if nothing has to be waited for but the lock, shortly; False, and nothing done, if not.
-
-        ``read_below`` fills a view without waiting, or says that it cannot. The lock is held meanwhile: what is written
-        here goes no further than the page cache.
-
-        Raises:
-            OSError: as :meth:`write`.
-        """
-        image = self._image
-        if self._extended or self._data_file or not image.lock.acquire(timeout=_LOCK_SECONDS):
-            return False
-        try:
-            return self._write_new_locked(offset, view, read_below)
-        except BrokenRefcounts as error:
-            raise image.corruption(str(error)) from error
-        finally:
-            image.lock.release()
-
-    def _write_new_locked(self, offset: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
-        image = self._image
-        first, end = offset >> self._bits, offset + len(view)
-        count = (end - 1 >> self._bits) - first + 1
-        l1_index, index = divmod(first, self._l2_count)
-        table = image.mapping.tables.get(l1_index)
-        if table is None or not table.is_own or image.is_corrupt or image.is_pressed or index + count > self._l2_count:
-            return False
-        entries = [table.words[index + number] for number in range(count)]
-        if any(entry & ~self._free_flags for entry in entries):  # something is there, to be freed or copied
-            return False
-        if image.in_flight and any(first + number in image.in_flight for number in range(count)):
-            return False
-        run = image.allocator.allocate_at_once(count)
-        if run is None:
-            return False
-        new = _New(first, count, run.first << self._bits, run, is_unwritten=run.is_fresh)
-        try:
-            assembled = self._assemble_at_once(new, entries, offset, view, read_below)
-            if assembled is None:
-                image.allocator.undo(run)
-                return False
-            if image.bitmaps is not None:
-                image.bitmaps.mark(offset, len(view))
-            image.data.write_vector(*assembled)
-        except BaseException:
-            image.allocator.undo(run)
-            raise
-        for number in range(count):
-            table.words[index + number] = new.host + (number << self._bits) | COPIED
-        image.mapping.changed(l1_index, index, count)
-        image.published = True
-        return True
-
-    def _assemble_at_once(
-        self,
-        part: _New,
-        entries: list[int],
-        offset: int,
-        view: memoryview,
-        read_below: Callable[[int, memoryview], bool],
-    ) -> tuple[int, list[memoryview]] | None:
-        """Host offset and buffers of what has to be written; None if that cannot be told without waiting."""
-        start, size = part.first << self._bits, self._cluster_size
-        if part.clusters == 1 and len(view) < size and not self._is_zero_at_once(entries[0], start, start + size):
-            # The usual copy on write: one read, one write, and memory that is still in the processor's cache.
-            cluster = self._scratch
-            if not self._read_below_at_once(start, cluster, read_below):
-                return None
-            cluster[offset - start : offset - start + len(view)] = view
-            return part.host, [cluster]
-        end, stop = offset + len(view), start + (part.clusters << self._bits)
-        head = self._old_at_once(entries[0], start, offset, part, read_below)
-        tail = self._old_at_once(entries[-1], end, stop, part, read_below)
-        if head is None or tail is None:
-            return None
-        return part.host + offset - start - len(head), [buffer for buffer in (head, view, tail) if buffer]
-
-    def _is_zero_at_once(self, entry: int, start: int, end: int) -> bool:
-        """Whether a range, where there is nothing or a zero cluster, is known to read as zeros."""
-        below = self._image.below
-        if entry or below is None or start >= below.size:
-            return True
-        return below.reads_zero_cached(start, min(end, below.size) - start)
-
-    def _read_below_at_once(self, start: int, view: memoryview, read_below: Callable[[int, memoryview], bool]) -> bool:
-        below = self._image.below
-        count = min(len(view), below.size - start) if below is not None else 0
-        view[count:] = bytes(len(view) - count)
-        return read_below(start, view[:count])
-
-    def _old_at_once(
-        self, entry: int, start: int, end: int, part: _New, read_below: Callable[[int, memoryview], bool]
-    ) -> memoryview | None:
-        """As :meth:`_old`, empty for nothing; None if that cannot be told without waiting."""
-        if start >= end or self._is_zero_at_once(entry, start, end):
-            return _ZEROS[:0] if part.is_unwritten else _ZEROS[: end - start]
-        data = memoryview(bytearray(end - start))
-        return data if self._read_below_at_once(start, data, read_below) else None
-
     def in_place(self, table: L2Table, index: int, *, start: int, end: int) -> int:
         """Host offset of a cluster whose bytes ``[start, end)`` may be overwritten where they are; else -1."""
         if self._extended:
@@ -212,7 +104,7 @@ class GuestWrites:
 
     # Preparing; all under the lock.
 
-    def _prepare(self, offset: int, length: int) -> _InPlace | _New:
+    def _prepare(self, offset: int, length: int) -> _InPlace | NewClusters:
         """Where the beginning of the range goes; what is new is in flight from now on."""
         image = self._image
         cluster = offset >> self._bits
@@ -226,11 +118,11 @@ class GuestWrites:
         host = self.in_place(table, index, start=start, end=min(start + length, self._cluster_size))
         if host >= 0:
             return self._in_place_run(table, index, start, length, host, touched)
-        if index in table.forbidden or self._is_new_metadata(table, index):
+        if index in table.forbidden or self.is_new_metadata(table, index):
             raise image.corruption(f"guest cluster {cluster} lies on metadata")
-        if self._has_own_host(table, index):
+        if self.has_own_host(table, index):
             image.in_flight.add(cluster)
-            return _New(cluster, 1, self._entry(table, index) & OFFSET_MASK, None, is_unwritten=False)
+            return NewClusters(cluster, 1, self._entry(table, index) & OFFSET_MASK, None, is_unwritten=False)
         count = 1
         if not self._extended or (start == 0 and length >= self._cluster_size):
             limit = min(touched, self._part_clusters)
@@ -255,14 +147,14 @@ class GuestWrites:
     def _entry(self, table: L2Table, index: int) -> int:
         return table.words[2 * index if self._extended else index]
 
-    def _has_own_host(self, table: L2Table, index: int) -> bool:
+    def has_own_host(self, table: L2Table, index: int) -> bool:
         """Whether a cluster that cannot simply be overwritten has a host cluster of its own nevertheless."""
         entry = self._entry(table, index)
         return entry & (COPIED | COMPRESSED) == COPIED and (self._data_file or entry & OFFSET_MASK != 0)
 
-    def _is_new_metadata(self, table: L2Table, index: int) -> bool:
+    def is_new_metadata(self, table: L2Table, index: int) -> bool:
         return (
-            self._has_own_host(table, index)
+            self.has_own_host(table, index)
             and (self._entry(table, index) & OFFSET_MASK) >> self._bits in self._new_metadata
         )
 
@@ -270,18 +162,18 @@ class GuestWrites:
         return (
             cluster not in self._image.in_flight
             and index not in table.forbidden
-            and not self._has_own_host(table, index)
+            and not self.has_own_host(table, index)
         )
 
-    def _place(self, cluster: int, count: int) -> _New:
+    def _place(self, cluster: int, count: int) -> NewClusters:
         if self._data_file:  # guest and host offsets are equal (Q77); nobody knows what is there
-            return _New(cluster, count, cluster << self._bits, None, is_unwritten=False)
+            return NewClusters(cluster, count, cluster << self._bits, None, is_unwritten=False)
         run = self._image.allocator.allocate(count)
-        return _New(cluster, run.clusters, run.first << self._bits, run, is_unwritten=run.is_fresh)
+        return NewClusters(cluster, run.clusters, run.first << self._bits, run, is_unwritten=run.is_fresh)
 
     # Writing; without the lock.
 
-    def _write_new(self, part: _New, offset: int, view: memoryview) -> None:
+    def _write_new(self, part: NewClusters, offset: int, view: memoryview) -> None:
         image = self._image
         try:
             first, last = self._to_fill(part, offset, len(view))
@@ -302,7 +194,7 @@ class GuestWrites:
             raise
         self._publish(part, offset, len(view))
 
-    def _to_fill(self, part: _New, offset: int, length: int) -> tuple[int, int]:
+    def _to_fill(self, part: NewClusters, offset: int, length: int) -> tuple[int, int]:
         """The guest range that has to be written so that the new entries are true of all they say."""
         start, end = part.first << self._bits, part.first + part.clusters << self._bits
         if not self._extended:
@@ -322,7 +214,7 @@ class GuestWrites:
             high = -(-high // self._granule) * self._granule
         return start + low, start + high
 
-    def _moves(self, part: _New, entry: int) -> bool:
+    def _moves(self, part: NewClusters, entry: int) -> bool:
         """Whether the old cluster has contents somewhere else."""
         return entry & OFFSET_MASK != part.host or part.run is not None
 
@@ -334,7 +226,7 @@ class GuestWrites:
             assert table is not None, "a table stays once it is there"
             return table.words[2 * index], table.words[2 * index + 1]
 
-    def _old(self, start: int, end: int, part: _New) -> memoryview | None:
+    def _old(self, start: int, end: int, part: NewClusters) -> memoryview | None:
         """What the guest range reads as now; None if that is what will be there without being written."""
         stop = min(end, self._image.size)  # zeros behind the end of the disk, which may grow one day
         if self._data_file:
@@ -347,7 +239,7 @@ class GuestWrites:
 
     # Publishing; under the lock.
 
-    def _publish(self, part: _New, offset: int, length: int) -> None:
+    def _publish(self, part: NewClusters, offset: int, length: int) -> None:
         image = self._image
         l1_index, index = divmod(part.first, self._l2_count)
         is_published = False
@@ -355,9 +247,9 @@ class GuestWrites:
             with image.changing():
                 table = image.mapping.own(l1_index)
                 if self._extended:
-                    replaced = self._set_extended(table, index, part, offset - (part.first << self._bits), length)
+                    replaced = self.set_extended(table, index, part, offset - (part.first << self._bits), length)
                 else:
-                    replaced = self._set(table, index, part)
+                    replaced = self.set_standard(table, index, part)
                 image.mapping.changed(l1_index, index, part.clusters)
                 image.published = is_published = True
                 self._land(part)
@@ -371,7 +263,7 @@ class GuestWrites:
                     self._land(part)
             raise
 
-    def _set(self, table: L2Table, index: int, part: _New) -> list[int]:
+    def set_standard(self, table: L2Table, index: int, part: NewClusters) -> list[int]:
         """The descriptors whose clusters are not used any more."""
         replaced = []
         for number in range(part.clusters):
@@ -382,7 +274,7 @@ class GuestWrites:
                 replaced.append(old)
         return replaced
 
-    def _set_extended(self, table: L2Table, index: int, part: _New, start: int, length: int) -> list[int]:
+    def set_extended(self, table: L2Table, index: int, part: NewClusters, start: int, length: int) -> list[int]:
         replaced = []
         for number in range(part.clusters):
             old, bitmap = table.words[2 * (index + number)], table.words[2 * (index + number) + 1]
@@ -400,7 +292,7 @@ class GuestWrites:
                 replaced.append(old)
         return replaced
 
-    def _land(self, part: _New) -> None:
+    def _land(self, part: NewClusters) -> None:
         """The clusters are no longer in flight; the lock is held."""
         image = self._image
         image.in_flight.difference_update(range(part.first, part.first + part.clusters))

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdq.qcow2 import mapping as module
 from nbdq.qcow2.entries import COPIED, OFFSET_MASK, Geometry
+from nbdq.qcow2.writing import mapping as module
 from nbdq.qcow2.writing.mapping import l1_problem
 from tests.support.engine import Call, Engine, K, M, check, make_image
 from tests.support.tools import requires, run

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from nbdq.qcow2 import refcounts as module
 from nbdq.qcow2.fields import MAX_REFCOUNT_TABLE
 from nbdq.qcow2.refcount_widths import max_refcount, unpack
+from nbdq.qcow2.writing import refcounts as module
 from nbdq.qcow2.writing.protection import ProtectedClusters
 from nbdq.qcow2.writing.refcounts import BrokenRefcounts, Refcounts
 from tests.qcow2.minimal import minimal_header, stored
