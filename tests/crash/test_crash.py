@@ -21,6 +21,8 @@ pytestmark = requires("qemu-img", "qemu-io")
 #: Of each workload; more than 2000 of all. Some are counted once that came up twice, because they are equal.
 _STATES = 75
 _STATES_FOR_A_MUTANT = 2000
+#: Of them for one run; a race shows in few runs, but then in many states.
+_STATES_OF_A_RUN = 40
 
 
 @pytest.fixture
@@ -57,8 +59,8 @@ def test_a_run_can_be_repeated_from_its_seed(name: str, directory: Path) -> None
 def test_an_engine_without_a_barrier_is_found_out(mutant: Mutant, directory: Path) -> None:
     explorer = Explorer(directory, open_engine, bitmap_judge=believed_bitmaps, stop_at_failure=True)
     with mutant.installed():
-        for seed in range(1, 9):
+        for seed in range(1, _STATES_FOR_A_MUTANT // _STATES_OF_A_RUN + 1):
             if not explorer.is_over:
-                states = min(_STATES_FOR_A_MUTANT // 8, _STATES_FOR_A_MUTANT - explorer.figures.states)
+                states = min(_STATES_OF_A_RUN, _STATES_FOR_A_MUTANT - explorer.figures.states)
                 explorer.run(by_name()[mutant.workload], seed, states=states, recoveries=0, repairs=0)
     assert explorer.figures.failures, f"nobody noticed in {explorer.figures.states} states: {mutant.barrier}"
