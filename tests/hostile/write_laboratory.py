@@ -2,9 +2,9 @@
 
 import json
 import pickle
-import selectors
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,13 @@ class Worker:
     def _report(self) -> dict[str, Any] | None:
         assert self._process is not None
         assert self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            line = self._process.stdout.readline() if selector.select(_PATIENCE) else b""
+        # Not by watching the pipe: several reports may have come at once, and wait in our own buffer.
+        deadline = threading.Timer(_PATIENCE, self._process.kill)
+        deadline.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            deadline.cancel()
         report: dict[str, Any] | None = json.loads(line) if line else None
         return report
 
