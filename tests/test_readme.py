@@ -31,7 +31,8 @@ def test_every_option_of_the_readme_exists() -> None:
 
 def test_every_command_line_of_the_readme_can_be_parsed() -> None:
     """Each ``nbdq …`` line of the examples, up to what it would open."""
-    lines = re.findall(r"^    (?:\$ )?nbdq (\w+) ([^#\n]*)", README, flags=re.MULTILINE)
+    blocks = "".join(re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL))
+    lines = re.findall(r"^(?:\$ )?nbdq (\w+) ([^#\n]*)", blocks, flags=re.MULTILINE)
     assert len(lines) > 5
     for name, words in lines:
         arguments = [word.replace("/srv/templates", "/") for word in words.split()]

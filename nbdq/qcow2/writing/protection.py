@@ -16,12 +16,16 @@ class ProtectedClusters:
     """A set of host cluster numbers. Changed under the lock of the image; a question may be asked at any time."""
 
     def __init__(self, clusters: NDArray[np.uint64]) -> None:
-        """Begin with ``clusters``, in any order."""
-        self._initial = np.unique(clusters)
-        self._sorted = array("Q", self._initial.astype(np.uint64).tobytes())  # the same, for scalar questions
+        """As :meth:`begin_with`."""
+        self.begin_with(clusters)
         self._removed: set[int] = set()
         self.added: set[int] = set()
         """Those that were not protected in the beginning; to look at."""
+
+    def begin_with(self, clusters: NDArray[np.uint64]) -> None:
+        """Protect ``clusters``, in any order, instead of what was protected in the beginning."""
+        self._initial = np.unique(clusters)
+        self._sorted = array("Q", self._initial.astype(np.uint64).tobytes())  # the same, for scalar questions
 
     def add(self, first: int, count: int) -> None:
         """Protect ``count`` clusters from ``first``."""

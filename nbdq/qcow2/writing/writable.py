@@ -100,15 +100,14 @@ class WritableImage:
         if problem := l1_problem(l1.values, self.geometry):
             raise CorruptImage(self.path, problem, "repair it with nbdq check -r all")
         self.protected = ProtectedClusters(np.empty(0, dtype=np.uint64))
-        self.refcounts = Refcounts(storage, header, self.protected)
+        self.refcounts = Refcounts(storage, header, self.protected)  # needed to find what it then has to protect
         metadata = find_metadata(storage, header, l1.values, self.refcounts.block_offsets())
         # A table that a snapshot names is copied before it is changed, even if flag and refcount say that it is ours.
         shared = np.isin(
             (l1.values & np.uint64(OFFSET_MASK)) >> np.uint64(header.cluster_bits), metadata.snapshot_tables
         )
         l1.values[shared] &= np.uint64(OFFSET_MASK)
-        self.protected = ProtectedClusters(metadata.clusters)
-        self.refcounts = Refcounts(storage, header, self.protected)
+        self.protected.begin_with(metadata.clusters)
         self.allocator = Allocator(storage, self.cluster_size, self.refcounts, self.protected)
         self.mapping = Mapping(storage, self.geometry, self.refcounts, self.allocator, self.protected, l1)
 
@@ -239,8 +238,11 @@ class WritableImage:
             epoch = self.epoch
             self.epoch += 1
             freed = self.allocator.take_freed()
-            blocks, refcount_table = self.refcounts.take()
-            new_tables, changed_tables = self.mapping.take()
+            try:
+                blocks, refcount_table = self.refcounts.take()
+                new_tables, changed_tables = self.mapping.take()
+            except MemoryError as error:
+                raise self.storage.give_up("no memory to copy what has changed") from error
             published, self.published = self.published, False
         try:
             first = _writes([*blocks, *new_tables])
@@ -258,7 +260,7 @@ class WritableImage:
                     self.storage.sync()
             self._write(then)
             self.storage.sync()
-        except OSError:
+        except BaseException:
             with self.lock:
                 self.mapping.put_back([*new_tables, *changed_tables])
                 self.refcounts.put_back(blocks, refcount_table)

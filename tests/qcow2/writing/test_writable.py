@@ -681,3 +681,38 @@ def test_the_operator_is_told_once_that_the_image_passed_its_threshold(path: Pat
         assert told[0] > 20 * CLUSTER
         engine.write(100 * CLUSTER, 100 * CLUSTER)
         assert len(told) == 1
+
+
+def test_a_flush_that_runs_out_of_memory_while_it_writes_forgets_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends a flush, the next one writes all that this one had in hand."""
+    with Engine(path) as engine:
+        data = engine.write(0, CLUSTER)
+        with monkeypatch.context() as patch:
+            patch.setattr(writable, "_writes", lambda changes: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                engine.disk.flush()
+        engine.disk.flush()
+    check(path)
+    assert shown(path)[:CLUSTER] == data
+
+
+def test_a_flush_that_cannot_even_copy_what_has_changed_is_the_last_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes that nobody has in hand any more must not be taken for written by a later flush (R-63)."""
+    engine = Engine(path)
+    engine.write(0, CLUSTER)
+
+    def take(mapping: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.disk.top.mapping), "take", take)
+        assert failure(engine.disk.flush) == errno.EIO
+    assert failure(engine.disk.flush) == errno.EIO
+    assert failure(lambda: engine.write(0, 512)) == errno.EIO
+    assert failure(engine.disk.close) == errno.EIO
+    engine.clusters.close()
+    check(path)
