@@ -338,7 +338,8 @@ def share_one_heap() -> None:
     """Let all threads allocate from one heap, where the C library offers that (glibc's M_ARENA_MAX).
 
     Payloads and replies of many sizes are allocated by one thread and freed by another. With a heap for each thread,
-    freed memory stays in heaps that do not need it: a server under mixed load grew to 168 MiB in minutes, with one to 136.
+    freed memory stays in heaps that do not need it: a server under mixed load grew to 168 MiB in minutes, with one heap
+    to 136.
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
