@@ -10,7 +10,9 @@
     │   ├── CorruptImage       metadata violates an invariant of the format
     │   ├── ImageLocked        another process holds the image
     │   └── ChainError         a backing or data file is missing, looping, too deep, undeclared or refused
-    └── ExportError            an export that cannot be made or found
+    ├── ExportError            an export that cannot be made or found
+    └── OperationError         an administrator's request that cannot be done; nothing was changed
+        └── NotFound           it names a disk, layer, job, … that does not exist
 
 Block-level failures are plain :class:`OSError` with an errno, the language of the field. ``str(error)`` is always one
 line: what, where, and how to mend it. Text that comes from an image or a peer passes through :func:`printable` first.
@@ -68,3 +70,11 @@ class ChainError(ImageError):
 
 class ExportError(NbdqError):
     """An export that cannot be made or found."""
+
+
+class OperationError(NbdqError):
+    """An operation on a disk that cannot be done; unless the text says otherwise, nothing was changed."""
+
+
+class NotFound(OperationError):
+    """The operation names a disk, layer, export, bitmap or job that does not exist."""
