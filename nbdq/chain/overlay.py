@@ -4,7 +4,7 @@ The image is asked first, one table access for each cluster; what it does not ho
 layers below, at the same cost for any depth. Must not know NBD, sockets or event loops.
 
 The methods named ``…_cached`` and :meth:`OverlayDisk.write_cached` are for one thread, which never waits: they look at
-tables without the lock, under a pin of their own (see :meth:`nbdq.qcow2.writing.writable.WritableImage.pinned`).
+tables without the lock, under a pin of their own (see :class:`nbdq.qcow2.writing.epochs.Epochs`).
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ from nbdq.qcow2.entries import (
     READS_ZERO,
     SUBCLUSTERS,
 )
+from nbdq.qcow2.writing.epochs import NEVER
 from nbdq.qcow2.writing.growth import grow
 from nbdq.qcow2.writing.guest_reads import GuestReads
 from nbdq.qcow2.writing.guest_writes import GuestWrites
@@ -32,8 +33,6 @@ from nbdq.qcow2.writing.mapping import L2Table
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
 
-#: An epoch that never comes: nothing is pinned.
-_NEVER = 1 << 63
 #: Guest bytes of the first status chunk, for those who want no more than one extent.
 _FIRST_CHUNK = 2 << 20
 _CHUNK = 512 << 20
@@ -45,10 +44,7 @@ class OverlayDisk:
     def __init__(self, top: WritableImage, below: ChainDisk | None, *, clusters: ClusterCache) -> None:
         """Take ownership of ``top`` and of ``below``, which is what ``top`` lies over; ``clusters`` is shared."""
         self.top = top
-        self.layer_count = 1 + (len(below.layers) if below is not None else 0)
-        self.below = below
-        """Everything under the top; None if there is nothing."""
-        self._below_size = min(below.size, top.size) if below is not None else 0
+        self.replace_below(below)
         self._clusters = clusters
         self._reads = GuestReads(top, self._inflate)
         self._writes = GuestWrites(top, self._reads)
@@ -65,7 +61,18 @@ class OverlayDisk:
         self._has_zeros = geometry.version >= 3
         self._granule = geometry.granule
         self._tables = top.mapping.tables
+        self._epochs = top.epochs
         self._holes = FileHoles([top.reader])
+
+    def replace_below(self, below: ChainDisk | None) -> None:
+        """Let ``below`` show through from now on, instead of what did; that is the caller's again.
+
+        No other call may be in progress: the caller has drained the disk. Nothing is written.
+        """
+        self.below = self.top.below = below
+        """Everything under the top; None if there is nothing."""
+        self.layer_count = 1 + (len(below.layers) if below is not None else 0)
+        self._below_size = min(below.size, self.top.size) if below is not None else 0
 
     @property
     def size(self) -> int:
@@ -129,8 +136,8 @@ class OverlayDisk:
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` without ever waiting; False if only :meth:`read_into` can."""
-        top = self.top
-        top.inline_epoch = top.epoch
+        epochs = self._epochs
+        epochs.inline = epochs.current
         try:
             granule = self._granule
             if offset // granule == (offset + len(view) - 1) // granule:
@@ -142,7 +149,7 @@ class OverlayDisk:
                 offset, view = offset + count, view[count:]
             return True
         finally:
-            top.inline_epoch = _NEVER
+            epochs.inline = NEVER
 
     def _read_granule(self, offset: int, view: memoryview) -> bool:
         """The same for a range inside one granule."""
@@ -180,8 +187,8 @@ class OverlayDisk:
         Pieces of files are of layers below only: a cluster of the top could be used for something else before its
         bytes have left a socket.
         """
-        top = self.top
-        top.inline_epoch = top.epoch
+        epochs = self._epochs
+        epochs.inline = epochs.current
         try:
             pieces: list[Piece] = []
             end = offset + length
@@ -204,7 +211,7 @@ class OverlayDisk:
                 else:
                     view = new_buffer(count)
                     if kind == Kind.DATA:
-                        if not top.data.read_cached(host, view):
+                        if not self.top.data.read_cached(host, view):
                             return None
                     elif not self._read_granule(offset, view):
                         return None
@@ -212,7 +219,7 @@ class OverlayDisk:
                 offset += count
             return pieces
         finally:
-            top.inline_epoch = _NEVER
+            epochs.inline = NEVER
 
     def _same_until(self, offset: int, end: int, kind: int, host: int) -> int:
         """How far the following granules continue what ``offset`` is."""
@@ -233,8 +240,8 @@ class OverlayDisk:
         Raises:
             OSError: the write failed.
         """
-        top = self.top
-        top.inline_epoch = top.epoch
+        top, epochs = self.top, self._epochs
+        epochs.inline = epochs.current
         try:
             table = self._tables.get(offset >> self._l2_bits)
             if table is None or not table.is_own or top.is_corrupt:
@@ -260,7 +267,7 @@ class OverlayDisk:
             top.data.write(host + start, view)
             return True
         finally:
-            top.inline_epoch = _NEVER
+            epochs.inline = NEVER
 
     def status_cached(self, offset: int, length: int) -> bool:
         """Whether :meth:`status` can answer for the range from memory; it always takes a lock."""
@@ -371,6 +378,10 @@ class OverlayDisk:
             elif kind <= Kind.UNALLOCATED_OFFSET and start < self._below_size:
                 assert self.below is not None
                 self.below.prefetch(start, min(end, self._below_size) - start)
+
+    def finish(self) -> None:
+        """Write everything, so that the top is complete without us (:meth:`WritableImage.finish`); close nothing."""
+        self.top.finish()
 
     def close(self) -> None:
         """Flush, and close every layer. No call may be in progress.

@@ -131,6 +131,10 @@ class RawDisk:
         """
         self._storage.sync()
 
+    def finish(self) -> None:
+        """:meth:`flush`: a raw image is complete at any time."""
+        self.flush()
+
     def close(self) -> None:
         """Close the file. Idempotent; what was not flushed is left to the kernel."""
         self._storage.close()

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from nbdq.qcow2.writing.allocator import Allocator, Run
+from nbdq.qcow2.writing.epochs import Epochs
 from nbdq.qcow2.writing.mapping import Mapping
 from nbdq.qcow2.writing.refcounts import Refcounts
 from nbdq.qcow2.writing.tables import Taken
@@ -139,7 +140,7 @@ def _forget_that_data_was_published(original: Any) -> Any:
 
 
 def _forget_who_is_under_way(_original: Any) -> Any:
-    def oldest_active(_image: WritableImage) -> int:
+    def oldest_active(_epochs: Epochs) -> int:
         return 1 << 63
 
     return oldest_active
@@ -203,7 +204,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "forgotten requests": Mutant(
         "a freed cluster is not used again before the requests end that may have looked it up (R-50)",
-        _patched(WritableImage, "_oldest_active", _forget_who_is_under_way),
+        _patched(Epochs, "oldest_active", _forget_who_is_under_way),
         "several at once, overlapping",
     ),
 }

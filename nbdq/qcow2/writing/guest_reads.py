@@ -96,7 +96,7 @@ class GuestReads:
         if self._is_untouched(offset, len(view)):
             self.read_below(offset, view)
             return
-        with image.pinned():
+        with image.epochs.pinned():
             for start, end, kind, host in self.pieces(offset, len(view)):
                 self._read_piece(start, kind, host, view[start - offset : end - offset])
 

@@ -62,9 +62,9 @@ class GuestWrites:
             OSError: ENOSPC, EROFS or EIO.
         """
         image = self._image
-        if image.bitmaps is not None:
-            image.bitmaps.mark(offset, len(view))
-        with image.pinned():
+        with image.epochs.pinned():
+            if image.bitmaps is not None:  # who keeps book may wait for those who did not know of it (barrier)
+                image.bitmaps.mark(offset, len(view))
             while view:
                 try:
                     with image.changing():

@@ -11,7 +11,7 @@ Guest writes and zeroing are in modules of their own beside this one; both chang
 import errno
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Protocol
@@ -25,6 +25,7 @@ from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK,
 from nbdq.qcow2.format import Header, Incompatible, update_fields
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.writing.allocator import Allocator, Run, TableFull
+from nbdq.qcow2.writing.epochs import Epochs
 from nbdq.qcow2.writing.mapping import Mapping, l1_problem
 from nbdq.qcow2.writing.metadata import find_metadata
 from nbdq.qcow2.writing.protection import ProtectedClusters
@@ -120,33 +121,23 @@ class WritableImage:
         self.published = False
         """A table names clusters whose data no sync has covered yet."""
         self._flush_lock = threading.Lock()  # taken before `lock`
-        self.epoch = 0
-        """Counts flushes; a request that begins now knows nothing that was freed before the last one began."""
-        self._pins: dict[int, int] = {}
-        self.inline_epoch = 1 << 63
-        """The pin of the one thread that does not wait; see :meth:`pinned`."""
+        self.epochs = Epochs()
+        """Who may still touch what was freed."""
         self.is_corrupt = False
         """Corruption was found; nothing is written any more."""
 
-    @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """While a request runs that looks tables up and then touches host clusters without the lock.
+    def hold(self) -> AbstractContextManager[None]:
+        """While somebody keeps host offsets of this image: nothing that is freed meanwhile is reused or punched (R-50).
 
-        What it may find cannot be used for anything else before it ends (R-50). A plain store, and no lock: a look-up
-        comes after the pin, and what it finds was not freed before.
+        What was freed is free after the first flush that begins after the hold has ended.
         """
-        token = threading.get_ident()
-        outer = self._pins.get(token)
-        if outer is None:
-            self._pins[token] = self.epoch
-        try:
-            yield
-        finally:
-            if outer is None:
-                del self._pins[token]
+        return self.epochs.hold()
 
-    def _oldest_active(self) -> int:
-        return min((self.inline_epoch, self.epoch, *list(self._pins.values())))
+    def barrier(self) -> None:
+        """Return when every request that had begun before the call is over. Not to be called from within a request."""
+        with self.lock:
+            before = self.epochs.advance()
+        self.epochs.wait_for(before)
 
     # Changes.
 
@@ -235,8 +226,7 @@ class WritableImage:
         with self.lock:
             if self.is_corrupt:
                 raise OSError(errno.EIO, "the image is corrupt; metadata is not written any more", self.path)
-            epoch = self.epoch
-            self.epoch += 1
+            epoch = self.epochs.advance()
             freed = self.allocator.take_freed()
             try:
                 blocks, refcount_table = self.refcounts.take()
@@ -280,7 +270,7 @@ class WritableImage:
     def _release(self) -> None:
         """Let go of what no table in the file names any more, and no request can still touch (R-50)."""
         try:
-            released = self.allocator.release(self._oldest_active())
+            released = self.allocator.release(self.epochs.oldest_active())
         except BrokenRefcounts as error:
             raise self.corruption(str(error)) from error
         if self._punch:
@@ -381,19 +371,39 @@ class WritableImage:
         self.storage.sync()
         self.header = header
 
-    def close(self) -> None:
-        """Store the bitmaps, flush until nothing is left to be written, and close. No other call may be in progress.
+    def rewrite_header(self, change: Callable[[FileStorage, Header], Header]) -> None:
+        """Let ``change`` rewrite the header area of the file, durably; :attr:`header` is what it returns.
+
+        It runs under the lock, so that no other change of the header comes between; guest writes go on in place only.
+
+        Raises:
+            OSError: EROFS if the image is corrupt; whatever ``change`` raises, and then the header counts as unchanged.
+        """
+        with self.changing():
+            self.header = change(self.storage, self.header)
+
+    def finish(self) -> None:
+        """Store the bitmaps, and flush until nothing is left to be written; the storages stay open.
+
+        No other call may be in progress, and after it none may change the image. A corrupt image is left as it is.
 
         Raises:
             OSError: as :meth:`flush`, and EIO after a failure that was final: what was written last may be lost.
-                Everything is closed nevertheless.
+        """
+        if not self.is_corrupt:
+            self._store_bitmaps()
+            self.flush()
+            while self.refcounts.needs_flush:  # what was freed is lowered now
+                self.flush()
+
+    def close(self) -> None:
+        """:meth:`finish`, and close.
+
+        Raises:
+            OSError: as :meth:`finish`. Everything is closed nevertheless.
         """
         try:
-            if not self.is_corrupt:
-                self._store_bitmaps()
-                self.flush()
-                while self.refcounts.needs_flush:  # what was freed is lowered now
-                    self.flush()
+            self.finish()
         finally:
             self.reader.close()
 

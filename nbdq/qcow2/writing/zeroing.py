@@ -30,8 +30,11 @@ class Zeroing:
         self._reads = reads
         self._writes = writes
         self._geometry = image.geometry
-        #: Version 2 has no entry that hides what is below (M2, Z3).
-        self._can_hide = image.geometry.version >= 3 or image.below is None
+
+    @property
+    def _can_hide(self) -> bool:
+        """Version 2 has no entry that hides what is below (M2, Z3)."""
+        return self._geometry.version >= 3 or self._image.below is None
 
     def zero(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         """Make the range read as zeros; see :class:`nbdq.block.WritableBlockDevice`.
@@ -39,6 +42,11 @@ class Zeroing:
         Raises:
             OSError: EOPNOTSUPP if ``fast`` and data would have to be written (Z4); else ENOSPC, EROFS or EIO.
         """
+        with self._image.epochs.pinned():
+            self._zero(offset, length, unmap=unmap, fast=fast)
+        self._image.relieve()
+
+    def _zero(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         image = self._image
         end = offset + length
         granule = self._geometry.granule
@@ -59,7 +67,6 @@ class Zeroing:
             self._writes.write(start, _ZEROS[: stop - start])
         if low < high:
             self._zero_granules(low, high, unmap=unmap)
-        image.relieve()
 
     def discard(self, offset: int, length: int) -> None:
         """Give up whole clusters of the range; what is left of it at the edges stays (T1).
@@ -74,9 +81,10 @@ class Zeroing:
         high = end if end == image.size else end // size * size
         if low >= high or not self._can_hide:
             return
-        if image.bitmaps is not None:
-            image.bitmaps.mark(low, high - low)
-        self._zero_granules(low, high, unmap=True)
+        with image.epochs.pinned():
+            if image.bitmaps is not None:
+                image.bitmaps.mark(low, high - low)
+            self._zero_granules(low, high, unmap=True)
         image.relieve()
 
     def _zero_granules(self, start: int, end: int, *, unmap: bool) -> None:

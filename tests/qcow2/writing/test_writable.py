@@ -13,6 +13,7 @@ from nbdq.errors import CorruptImage
 from nbdq.qcow2.features import Autoclear, Incompatible
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.writing import writable
+from nbdq.qcow2.writing.epochs import NEVER
 from nbdq.storage import FileStorage
 from tests.support.engine import Call, Engine, K, M, check, make_image, make_raw, shown
 from tests.support.tools import requires, run
@@ -250,7 +251,7 @@ def test_a_freed_cluster_is_not_used_again_while_a_request_may_still_read_it(pat
         pinned, done = threading.Event(), threading.Event()
 
         def slow_request() -> None:
-            with engine.image.pinned():
+            with engine.image.epochs.pinned():
                 pinned.set()
                 done.wait(60)
 
@@ -277,18 +278,18 @@ def test_a_request_that_began_after_the_flush_does_not_hold_what_was_freed_befor
     with Engine(path) as engine:
         host = recycle(engine)
         engine.storage.before = lambda call: None
-        with engine.image.pinned():
+        with engine.image.epochs.pinned():
             engine.disk.flush()
             assert engine.refcount(host) == 1
         engine.disk.flush()
-        with engine.image.pinned():
+        with engine.image.epochs.pinned():
             assert engine.refcount(host) == 0
 
 
 def test_a_pin_within_a_pin_keeps_the_older_one(path: Path) -> None:
-    with Engine(path) as engine, engine.image.pinned():
+    with Engine(path) as engine, engine.image.epochs.pinned():
         host = recycle(engine)
-        with engine.image.pinned():
+        with engine.image.epochs.pinned():
             pass
         engine.disk.flush()
         engine.disk.flush()
@@ -298,10 +299,10 @@ def test_a_pin_within_a_pin_keeps_the_older_one(path: Path) -> None:
 def test_the_thread_that_never_waits_holds_what_it_may_have_found(path: Path) -> None:
     with Engine(path) as engine:
         host = recycle(engine)
-        engine.image.inline_epoch = engine.image.epoch
+        engine.image.epochs.inline = engine.image.epochs.current
         engine.disk.flush()
         assert engine.refcount(host) == 1
-        engine.image.inline_epoch = 1 << 63
+        engine.image.epochs.inline = NEVER
         engine.disk.flush()
         assert engine.refcount(host) == 0
 
