@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 from construct import Aligned, Bytes, GreedyBytes, Int8ub, Int32ub, Int64ub, Prefixed, Struct
 
@@ -34,6 +35,8 @@ class ExtensionType(IntEnum):
     BITMAPS = 0x23852875
     ENCRYPTION_HEADER = 0x0537BE77
     DATA_FILE = 0x44415441
+    OVERLAY = 0x6E626471
+    """nbdq's own ("nbdq"): the absolute path of the overlay that took over from this image. Others preserve it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Extensions:
     data_file_name: str | None = None
     encryption: EncryptionPointer | None = None
     bitmaps: BitmapsExtension | None = None
+    overlay_marker: str | None = None
     unknown: tuple[UnknownExtension, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -115,6 +119,7 @@ def parse_extensions(
         path, found.get(ExtensionType.BITMAPS), version=version, cluster_size=cluster_size, autoclear=autoclear
     )
     data_file_name = found.get(ExtensionType.DATA_FILE, b"")
+    overlay_marker = found.get(ExtensionType.OVERLAY, b"")
     return Extensions(
         backing_format=_parse_backing_format(path, found.get(ExtensionType.BACKING_FORMAT, b"")),
         data_file_name=name_from_image(path, "the data file name", data_file_name) or None,
@@ -122,6 +127,7 @@ def parse_extensions(
             path, found.get(ExtensionType.ENCRYPTION_HEADER), cluster_size=cluster_size, crypt_method=crypt_method
         ),
         bitmaps=bitmaps,
+        overlay_marker=name_from_image(path, "the name of the overlay", overlay_marker) or None,
         unknown=tuple(unknown),
         warnings=warnings,
     )
@@ -146,8 +152,22 @@ def unsupported_features(path: str, unknown: int, area: bytes) -> UnsupportedIma
     )
 
 
-def build_extensions(extensions: Extensions, *, feature_names: bool) -> bytes:
-    """The extension area with its end mark, in the order that QEMU writes (Q12)."""
+def area_length(path: str, area: bytes) -> int:
+    """Bytes of ``area`` that its extensions take, with their end mark.
+
+    Raises:
+        InvalidImage: as :func:`parse_extensions`, for a record that does not fit.
+    """
+    records = sum(8 + -(-len(data) // 8) * 8 for _, data in _split(path, area))
+    return min(records + 8, len(area))
+
+
+def build_extensions(extensions: Extensions, *, feature_names: int) -> bytes:
+    """The extension area with its end mark, in the order that QEMU writes (Q12).
+
+    Args:
+        feature_names: how many names the feature name table has; 0 leaves it out (Q22).
+    """
     records: list[tuple[int, bytes]] = []
     if extensions.backing_format is not None:
         records.append((ExtensionType.BACKING_FORMAT, extensions.backing_format.encode("ascii")))
@@ -158,11 +178,13 @@ def build_extensions(extensions: Extensions, *, feature_names: bool) -> bytes:
     if feature_names:
         table = [
             _FEATURE_NAME.build({"set": group, "bit": bit, "name": name.encode("ascii").ljust(46, b"\0")})
-            for (group, bit), name in FEATURE_NAMES.items()
+            for (group, bit), name in islice(FEATURE_NAMES.items(), feature_names)
         ]
         records.append((ExtensionType.FEATURE_NAMES, b"".join(table)))
     if extensions.bitmaps is not None:
         records.append((ExtensionType.BITMAPS, _BITMAPS.build({"reserved": 0, **vars(extensions.bitmaps)})))
+    if extensions.overlay_marker is not None:
+        records.append((ExtensionType.OVERLAY, extensions.overlay_marker.encode("utf-8", "surrogateescape")))
     records += [(extension.type, extension.data) for extension in extensions.unknown]
     records.append((ExtensionType.END, b""))
     return b"".join(_EXTENSION.build({"type": kind, "data": data}) for kind, data in records)

@@ -21,7 +21,7 @@ from nbdq.qcow2.extensions import (
     name_from_image,
     parse_extensions,
 )
-from nbdq.qcow2.features import Autoclear, Compatible, CompressionType, CryptMethod, Incompatible
+from nbdq.qcow2.features import FEATURE_NAMES, Autoclear, Compatible, CompressionType, CryptMethod, Incompatible
 from nbdq.qcow2.fields import (
     FULL_LENGTH,
     MAGIC,
@@ -44,7 +44,9 @@ __all__ = [
     "CryptMethod",
     "Header",
     "Incompatible",
+    "build_area",
     "build_header",
+    "has_feature_names",
     "read_header",
     "update_fields",
 ]
@@ -87,6 +89,8 @@ class Header:
     encryption: EncryptionPointer | None = None
     bitmaps: BitmapsExtension | None = None
     """None also where the extension exists but cannot be believed (Q16)."""
+    overlay_marker: str | None = None
+    """The absolute path of the overlay that took over from this image, as nbdq recorded it then."""
     unknown_extensions: tuple[UnknownExtension, ...] = ()
     unknown_fields: bytes = b""
     """Header bytes from 112 on, to be written back untouched (Q8)."""
@@ -180,6 +184,7 @@ def read_header(storage: FileStorage, *, describe: bool = False) -> Header:
         data_file_name=extensions.data_file_name,
         encryption=extensions.encryption,
         bitmaps=extensions.bitmaps,
+        overlay_marker=extensions.overlay_marker,
         unknown_extensions=extensions.unknown,
         unknown_fields=head[FULL_LENGTH : fields.header_length],
     )
@@ -197,23 +202,36 @@ def build_header(header: Header) -> bytes:
     Raises:
         OSError: ENOSPC if extensions and backing name do not fit into the first cluster (Q12).
     """
-    # QEMU leaves the feature name table out where clusters are too small for it (Q22).
-    extensions = build_extensions(
-        Extensions(
-            backing_format=header.backing_format,
-            data_file_name=header.data_file_name,
-            encryption=header.encryption,
-            bitmaps=header.bitmaps,
-            unknown=header.unknown_extensions,
-        ),
-        feature_names=header.version >= 3 and header.cluster_size > 4096,
-    )
+    feature_names = len(FEATURE_NAMES) if has_feature_names(header) else 0
     name = (header.backing_name or "").encode("utf-8", "surrogateescape")
-    name_offset = header.header_length + len(extensions)
+    name_offset = len(build_area(header, feature_names=feature_names))
     if name_offset + len(name) > header.cluster_size:
         raise OSError(errno.ENOSPC, "header extensions and backing file name do not fit into the first cluster")
-    fixed = _build_fixed(header, name_offset=name_offset if name else 0, name_length=len(name))
-    return (fixed + header.unknown_fields)[: header.header_length] + extensions + name
+    place = {"name_offset": name_offset, "name_length": len(name)} if name else {}
+    return build_area(header, feature_names=feature_names, **place) + name
+
+
+def build_area(header: Header, *, feature_names: int, name_offset: int = 0, name_length: int = 0) -> bytes:
+    """Fields and extensions, with the given place of the backing name. Nothing is checked.
+
+    Args:
+        feature_names: entries of the feature name table.
+    """
+    extensions = Extensions(
+        backing_format=header.backing_format,
+        data_file_name=header.data_file_name,
+        encryption=header.encryption,
+        bitmaps=header.bitmaps,
+        overlay_marker=header.overlay_marker,
+        unknown=header.unknown_extensions,
+    )
+    fixed = _build_fixed(header, name_offset=name_offset, name_length=name_length) + header.unknown_fields
+    return fixed[: header.header_length] + build_extensions(extensions, feature_names=feature_names)
+
+
+def has_feature_names(header: Header) -> bool:
+    """Whether the header has a feature name table: QEMU leaves it out where clusters are small (Q22)."""
+    return header.version >= 3 and header.cluster_size > 4096
 
 
 def update_fields(sector: bytes, header: Header) -> bytes:
