@@ -87,7 +87,10 @@ RESERVED: dict[str, set[str]] = {
     },
     "fcntl": {"nbdq.locks", "nbdq.storage"},
     # Who deals with files deals with paths; nobody else does. A server owns the files of its sockets.
-    "os": {"nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", "nbdq.chain.create", *SHELL},
+    "os": {
+        *("nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", "nbdq.chain.create"),
+        *("nbdq.chain.marker", *SHELL),
+    },
     "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", *SHELL},
     "io": {"nbdq.cli"},
     "mmap": set(),  # a truncated image would kill the server with SIGBUS
