@@ -54,6 +54,7 @@ class Role(Enum):
 
     BACKING = "backing file"
     DATA = "data file"
+    OVERLAY = "overlay"
 
 
 @dataclass(frozen=True)
