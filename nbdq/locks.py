@@ -125,6 +125,21 @@ def lock_image(descriptor: int, path: str, claim: Claim, mode: Locking = Locking
     return change_claim(descriptor, path, _NO_CLAIM, claim, mode)
 
 
+def share_claim(descriptor: int, claim: Claim) -> None:
+    """Hold on ``descriptor``, too, a claim that another open file description of ours holds on the same image.
+
+    Nothing is tested: that claim has kept others away.
+
+    Raises:
+        OSError: as :func:`lock_image`; not for file systems without locks.
+    """
+    try:
+        _publish(descriptor, claim)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
 def change_claim(descriptor: int, path: str, old: Claim, new: Claim, mode: Locking = Locking.AUTO) -> bool:
     """Hold ``new`` instead of ``old`` on the image open at ``descriptor``, without a moment of holding less than both
     have in common (L5): what ``new`` has more is taken and tested, and only then released what it has less.

@@ -8,8 +8,11 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
+
+#: What identifies a file or device, under whatever name.
+Identity = tuple[int, int]
 
 #: What a write accepts: bytes, or a contiguous view of bytes.
 Data = bytes | bytearray | memoryview
@@ -60,8 +63,8 @@ class FileStorage:
         self._probe = memoryview(bytearray(1))
         status = os.fstat(descriptor)
         self.is_block_device = stat.S_ISBLK(status.st_mode)
-        #: Equal for two storages of one file or device, by whatever name they were opened.
-        self.identity = (0, status.st_rdev) if self.is_block_device else (status.st_dev, status.st_ino)
+        self.identity = _identity(status)
+        """Equal for two storages of one file or device, by whatever name they were opened."""
         if not self.is_block_device and not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file or block device", path)
 
@@ -91,6 +94,23 @@ class FileStorage:
         except BaseException:
             os.close(descriptor)
             raise
+
+    def become_writable(self, prepare: Callable[[int], object]) -> None:
+        """Open the same file for writing as well. The descriptor keeps its number: readers go on undisturbed.
+
+        Locks of an open file description do not move along: ``prepare`` gets the descriptor of the new one, to lock it
+        before the old one and its locks go.
+
+        Raises:
+            OSError: the file cannot be opened for writing; nothing has changed.
+        """
+        path = f"/proc/self/fd/{self.descriptor}"  # the file that is open, whatever has its name by now
+        writable = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            prepare(writable)
+            os.dup2(writable, self.descriptor, inheritable=False)
+        finally:
+            os.close(writable)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill ``view`` from ``offset``; return the bytes read, fewer than asked only at the end of the file."""
@@ -344,6 +364,19 @@ def share_one_heap() -> None:
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
+
+
+def identity_of(path: str) -> Identity:
+    """What a storage opened on ``path`` would have as its identity.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    return _identity(os.stat(path))
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def sync_directory_of(path: str) -> None:

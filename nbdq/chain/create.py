@@ -18,10 +18,7 @@ from nbdq.chain.resolve import backing_path, resolve_chain
 from nbdq.errors import ChainError, ImageError, ImageLocked, printable
 from nbdq.locks import WRITER, Locking, lock_image
 from nbdq.qcow2.create import CreateOptions, Preallocation, plan_image, write_disk, write_header, write_tables
-from nbdq.storage import FileStorage, sync_directory_of
-
-#: What identifies a file or device; see ``FileStorage.identity``.
-Identity = tuple[int, int]
+from nbdq.storage import FileStorage, Identity, identity_of, sync_directory_of
 
 
 def create_qcow2(
@@ -41,7 +38,7 @@ def create_qcow2(
     keep = set(keep)
     if options.backing_name is not None:
         with suppress(OSError):  # what is not there cannot be overwritten
-            keep.add(_identity_of(backing_path(path, options.backing_name)))
+            keep.add(identity_of(backing_path(path, options.backing_name)))
     with ExitStack() as undo:
         image = undo.enter_context(_NewFile(path, keep, locking))
         data = None
@@ -103,11 +100,6 @@ def _new_data_file(image: str, name: str, keep: Collection[Identity], locking: L
     return _NewFile(backing_path(image, name), keep, locking)
 
 
-def _identity_of(path: str) -> Identity:
-    status = os.stat(path)
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
-
-
 class _NewFile:
     """A file that is being made, locked as by a writer. Leaving its context before :meth:`keep` removes it again."""
 
@@ -151,7 +143,7 @@ class _NewFile:
             if old.identity in keep:
                 raise ImageError(self._path, "is part of the disk that the new image is made for", "use another name")
             lock_image(old.descriptor, self._path, WRITER, locking)
-            if _identity_of(self._target) != old.identity:
+            if identity_of(self._target) != old.identity:
                 raise ImageLocked(self._path, "another process has just replaced it", "look at it before trying again")
             if old.is_block_device:
                 self.storage, self._name = old, None

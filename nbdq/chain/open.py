@@ -80,38 +80,68 @@ def open_writable(
     """
     resolved = resolve_chain(path, format=format, policy=policy, backing=backing, writable=True)
     with _closing_on_failure(resolved):
-        top = resolved[0]
-        if top.header is None:
-            return RawDisk(top.storage)
-        _check_directories(top.storage, top.header)
         below = None
         if len(resolved) > 1:
             below = ChainDisk(_layers(resolved[1:]), clusters=clusters, index_budget=index_budget)
-        header = prepare_for_writing(top.storage, top.header)
-        image = WritableImage(top.storage, header, data=top.data_storage, below=below, punch=punch, on_event=on_event)
-        image.allocator.threshold = write_threshold
-        image.allocator.on_threshold = lambda end: on_event(f"{path}: allocation has passed the write threshold: {end}")
-        taken = take_over_bitmaps(top.storage, header)
-        if taken.lost is not None:
-            on_event(f"{path}: dirty bitmaps are lost: {taken.lost}")
-        image.header, image.bitmaps = taken.header, taken.bitmaps
-        return OverlayDisk(image, below, clusters=clusters)
+        disk = writable_disk(resolved[0], below, clusters=clusters, punch=punch, on_event=on_event)
+        if isinstance(disk, OverlayDisk):
+            watch_threshold(disk, write_threshold, on_event)
+        return disk
+
+
+def writable_disk(
+    layer: ResolvedLayer,
+    below: ChainDisk | None,
+    *,
+    clusters: ClusterCache,
+    punch: bool = True,
+    on_event: Callable[[str], None] = lambda text: None,
+) -> RawDisk | OverlayDisk:
+    """The disk of ``layer``, which is open for writing and claimed by us alone, over ``below``.
+
+    A dirty image is repaired, promises that will not be kept are withdrawn, dirty bitmaps are taken over; durably.
+
+    Raises:
+        ImageError, OSError: as :func:`open_writable`. The storages stay the caller's.
+    """
+    if layer.header is None:
+        return RawDisk(layer.storage)
+    _check_directories(layer.storage, layer.header)
+    header = prepare_for_writing(layer.storage, layer.header)
+    image = WritableImage(layer.storage, header, data=layer.data_storage, below=below, punch=punch, on_event=on_event)
+    taken = take_over_bitmaps(layer.storage, header)
+    if taken.lost is not None:
+        on_event(f"{layer.path}: dirty bitmaps are lost: {taken.lost}")
+    image.header, image.bitmaps = taken.header, taken.bitmaps
+    return OverlayDisk(image, below, clusters=clusters)
+
+
+def watch_threshold(disk: OverlayDisk, threshold: int | None, on_event: Callable[[str], None]) -> None:
+    """Have ``on_event`` told, once, when an allocation passes the host offset ``threshold``; None: never."""
+    path = disk.top.path
+    disk.top.allocator.threshold = threshold
+    disk.top.allocator.on_threshold = lambda end: on_event(f"{path}: allocation has passed the write threshold: {end}")
 
 
 def _layers(resolved: Sequence[ResolvedLayer], snapshot: str | None = None) -> list[Layer]:
     """Layers that are only read; ``snapshot`` of the first one."""
-    layers: list[Layer] = []
-    for layer in resolved:
-        if layer.header is None:
-            layers.append(RawImage(layer.storage))
-            continue
-        _check_directories(layer.storage, layer.header)
-        chosen = None
-        if snapshot is not None and not layers:
-            chosen = find_snapshot(read_snapshots(layer.storage, layer.header), snapshot)
-            check_snapshot(layer.storage, layer.header, chosen)
-        layers.append(Qcow2Image(layer.storage, layer.header, data=layer.data_storage, snapshot=chosen))
-    return layers
+    return [read_only_layer(layer, snapshot if depth == 0 else None) for depth, layer in enumerate(resolved)]
+
+
+def read_only_layer(layer: ResolvedLayer, snapshot: str | None = None) -> Layer:
+    """The image of ``layer`` as it is in the file, or one of its internal snapshots; over the same storages.
+
+    Raises:
+        ImageError: directories are broken, or there is no such snapshot.
+    """
+    if layer.header is None:
+        return RawImage(layer.storage)
+    _check_directories(layer.storage, layer.header)
+    chosen = None
+    if snapshot is not None:
+        chosen = find_snapshot(read_snapshots(layer.storage, layer.header), snapshot)
+        check_snapshot(layer.storage, layer.header, chosen)
+    return Qcow2Image(layer.storage, layer.header, data=layer.data_storage, snapshot=chosen)
 
 
 def _check_directories(storage: FileStorage, header: Header) -> None:

@@ -197,7 +197,7 @@ class _Walk:
             claim = writer or (TOLERANT_READER if self._policy.force_share else READER)
             lock_image(storage.descriptor, storage.path, claim, self._policy.locking)
         except OSError as error:
-            raise fail(*_explain(error, writable=writer is not None)) from error
+            raise fail(*explain(error, writable=writer is not None)) from error
         return storage
 
     def _check_depth(self, fail: Callable[[str, str], ChainError]) -> None:
@@ -226,7 +226,7 @@ def _undeclared(reference: Reference, storage: FileStorage) -> ChainError:
     return reference.error("has no recorded format", f"if it is {likely}, record that with: {command}")
 
 
-def _explain(error: OSError, *, writable: bool) -> tuple[str, str]:
+def explain(error: OSError, *, writable: bool) -> tuple[str, str]:
     """Why a file could not be opened, and what to do about it."""
     if error.errno == errno.ENOENT:
         return "is missing", "bring it back, or correct the name"

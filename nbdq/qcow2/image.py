@@ -73,7 +73,7 @@ class Qcow2Image:
         count = (end - start) >> geometry.cluster_bits
         if l2_offset == 0:  # only flags and reserved bits were set
             return decode_l2(b"", start, geometry)
-        if l2_offset % geometry.cluster_size or l2_offset >= self._file_size:
+        if l2_offset % geometry.cluster_size or self._is_behind_end(l2_offset):
             # QEMU reads a table past the end of the file as an empty one; that would show the guest a blank disk.
             granules = (end - start) // self.granule
             return Granules(
@@ -84,6 +84,11 @@ class Qcow2Image:
         length = count * geometry.entry_size
         table = self.storage.read(l2_offset + skip * geometry.entry_size, length)
         return decode_l2(table.ljust(length, b"\0"), start, geometry)
+
+    def _is_behind_end(self, offset: int) -> bool:
+        if offset >= self._file_size:
+            self._file_size = self.storage.size()  # it may have grown: a layer can be committed into while it is read
+        return offset >= self._file_size
 
     def _read_l1(self, first: int, last: int) -> NDArray[np.uint64]:
         """L1 entries ``[first, last)``; what lies past the table's end is unallocated (Q39, Q40)."""
@@ -112,7 +117,7 @@ class Qcow2Image:
             low = max(start, number * geometry.l2_coverage)
             high = min(end, (number + 1) * geometry.l2_coverage)
             found = slice((low - start) // step, (high - start) // step)
-            if l2_offset % geometry.cluster_size or l2_offset >= self._file_size:
+            if l2_offset % geometry.cluster_size or self._is_behind_end(l2_offset):
                 occupied[found] = True  # by corrupt entries
                 continue
             skip = (low % geometry.l2_coverage) >> geometry.cluster_bits
@@ -129,7 +134,7 @@ class Qcow2Image:
             OSError: EIO if it does not inflate to exactly one cluster, or the file cannot be read.
         """
         offset, length = self.geometry.compressed_range(descriptor)
-        if offset >= self._file_size:
+        if self._is_behind_end(offset):
             raise OSError(errno.EIO, f"compressed cluster at {offset} lies past the end of the file", self.path)
         data = self.storage.read(offset, length).ljust(length, b"\0")  # the last sector may be cut short (Q51)
         return inflate_cluster(self.header.compression_type, data, self.cluster_size)
