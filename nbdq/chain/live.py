@@ -17,7 +17,7 @@ from nbdq.chain.claims import Claims, storages_of
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
-from nbdq.chain.open import read_only_layer, watch_threshold, writable_disk
+from nbdq.chain.open import check_top, read_only_layer, watch_threshold, writable_disk
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw_disk import RawDisk
@@ -110,6 +110,7 @@ class LiveChain:
                 chain.device = chain._disk([top, *map(chain._reader, layers[1:])])
             else:
                 chain._claims.opened_for_writing(layers[0])
+                layers[0] = check_top(layers[0], policy)
                 chain.device = chain._open_disk(layers[0], layers[1:])
                 chain._watch_threshold()
         except BaseException:

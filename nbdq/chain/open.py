@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
+from nbdq.chain.marker import check_not_overlaid, remove_stale_marker
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
@@ -80,6 +82,7 @@ def open_writable(
     """
     resolved = resolve_chain(path, format=format, policy=policy, backing=backing, writable=True)
     with _closing_on_failure(resolved):
+        resolved[0] = check_top(resolved[0], policy)
         below = None
         if len(resolved) > 1:
             below = ChainDisk(_layers(resolved[1:]), clusters=clusters, index_budget=index_budget)
@@ -87,6 +90,21 @@ def open_writable(
         if isinstance(disk, OverlayDisk):
             watch_threshold(disk, write_threshold, on_event)
         return disk
+
+
+def check_top(layer: ResolvedLayer, policy: Policy) -> ResolvedLayer:
+    """Refuse a top whose overlay would be damaged by writes; the layer with its header as it is then.
+
+    A mark that is not true any more is removed, durably.
+
+    Raises:
+        ChainError: it has an overlay.
+        OSError: it cannot be read or written.
+    """
+    if layer.header is None:
+        return layer
+    check_not_overlaid(layer.storage, layer.header, policy)
+    return replace(layer, header=remove_stale_marker(layer.storage, layer.header))
 
 
 def writable_disk(
