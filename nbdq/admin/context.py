@@ -1,0 +1,72 @@
+"""What a command of the admin socket has at hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nbdq.admin.jobs import Jobs
+from nbdq.admin.policies import Policies
+from nbdq.admin.state import State
+from nbdq.errors import NotFound, printable
+from nbdq.server.export import Exports
+
+if TYPE_CHECKING:
+    from nbdq.server.volume import Volume
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who is connected, as the kernel says (SO_PEERCRED)."""
+
+    process: int
+    user: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"uid {self.user} (process {self.process})"
+
+
+class Volumes:
+    """The disks that the server has open, by name; the name serves as QEMU's ``device`` and as its ``node-name``."""
+
+    def __init__(self, volumes: Iterable[Volume] = ()) -> None:
+        self._volumes = {volume.name: volume for volume in volumes}
+
+    def __iter__(self) -> Iterator[Volume]:
+        return iter(list(self._volumes.values()))
+
+    def volume(self, name: str) -> Volume:
+        """The disk of that name.
+
+        Raises:
+            NotFound: there is none.
+        """
+        try:
+            return self._volumes[name]
+        except KeyError:
+            raise NotFound(f"Cannot find device='{printable(name)}' nor node-name='{printable(name)}'") from None
+
+
+@dataclass(frozen=True)
+class Context:
+    """Shared by all clients but for ``peer``. Loop thread only, unless a member says otherwise."""
+
+    volumes: Volumes
+    exports: Exports
+    jobs: Jobs
+    state: State
+    policies: Policies
+    emit: Callable[[str, dict[str, Any]], None]
+    """``emit(event, data)`` tells every client; to be called on the loop thread."""
+    quit: Callable[[], None]
+    """Stop the server cleanly, soon."""
+    peer: Peer
+
+    async def in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Run what may wait for a disk on another thread; it is not interrupted when the client goes."""
+        return await asyncio.to_thread(function, *arguments)

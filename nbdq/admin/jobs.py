@@ -1,0 +1,145 @@
+"""All jobs, and who may restructure which layers.
+
+Two operations that change the structure of one chain exclude each other, as far as they touch the same layers: the
+second is refused with the name of the first. That is what :meth:`Jobs.exclusive` is for, which short commands use
+too. Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nbdq.admin.job import Job, JobRequest
+from nbdq.admin.state import JobRecord, State
+from nbdq.errors import NotFound, OperationError, printable
+from nbdq.ops.operation import Operation
+
+if TYPE_CHECKING:
+    from nbdq.server.volume import Volume
+
+_log = logging.getLogger(__name__)
+
+#: QEMU's rule for identifiers.
+_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*", re.ASCII)
+
+
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    volume: Volume
+    layers: frozenset[str] | None
+    """Paths; None for the whole disk."""
+    holder: str
+    """In words."""
+
+    def conflicts(self, volume: Volume, layers: frozenset[str] | None) -> bool:
+        if self.volume is not volume:
+            return False
+        return self.layers is None or layers is None or bool(self.layers & layers)
+
+
+class Jobs:
+    """The jobs of a server."""
+
+    def __init__(self, state: State, emit: Callable[[str, dict[str, Any]], None]) -> None:
+        self._state = state
+        self._emit = emit
+        self._jobs: dict[str, Job] = {}
+        self._claims: list[_Claim] = []
+        self._starting = asyncio.Lock()
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(list(self._jobs.values()))
+
+    def job(self, job_id: str) -> Job:
+        """The job of that name.
+
+        Raises:
+            NotFound: there is none (any more).
+        """
+        try:
+            return self._jobs[job_id]
+        except KeyError:
+            raise NotFound(f"Job '{printable(job_id)}' not found") from None
+
+    @contextmanager
+    def exclusive(self, volume: Volume, what: str, layers: frozenset[str] | None = None) -> Iterator[None]:
+        """Nobody else restructures these layers (paths; None: the whole disk) inside the block; ``what`` says who does.
+
+        Raises:
+            OperationError: somebody does; the text names the job.
+        """
+        claim = self._claim(volume, what, layers)
+        try:
+            yield
+        finally:
+            self._claims.remove(claim)
+
+    def _claim(self, volume: Volume, what: str, layers: frozenset[str] | None) -> _Claim:
+        for claim in self._claims:
+            if claim.conflicts(volume, layers):
+                raise OperationError(
+                    f"disk '{printable(volume.name)}' is in use by {claim.holder}; wait until it ends, or cancel it"
+                )
+        claim = _Claim(volume, layers, what)
+        self._claims.append(claim)
+        return claim
+
+    async def start(self, request: JobRequest, make: Callable[[], Operation]) -> Job:
+        """Start what ``make`` returns (called in a thread, once the layers are ours); the job is recorded on return.
+
+        The same request again, while its job is there, is answered with that job: a client that lost its connection may
+        ask twice.
+
+        Raises:
+            OperationError: the name is taken by another request or not well-formed, or the layers are in use.
+            ImageError, OSError: from ``make``, or the state file cannot be written.
+        """
+        async with self._starting:
+            there = self._jobs.get(request.id)
+            if there is not None:
+                if (there.request.command, there.request.arguments) == (request.command, request.arguments):
+                    return there
+                raise OperationError(f"Job ID '{printable(request.id)}' already in use")
+            if not _WELL_FORMED.fullmatch(request.id) and request.id != request.volume.name:
+                raise OperationError(f"Invalid job ID '{printable(request.id)}'")
+            claim = self._claim(request.volume, f"job '{request.id}' ({request.type})", request.layers)
+            try:
+                operation = await asyncio.to_thread(make)
+                try:
+                    if request.persistent:
+                        await asyncio.to_thread(self._record, request)
+                except BaseException:
+                    await asyncio.to_thread(operation.abort)
+                    raise
+            except BaseException:
+                self._claims.remove(claim)
+                raise
+            job = Job(
+                request,
+                operation,
+                state=self._state,
+                emit=self._emit,
+                on_concluded=lambda job: self._claims.remove(claim),
+                on_null=self._forget,
+            )
+            self._jobs[request.id] = job
+            job.start()
+            return job
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.id]
+
+    def _record(self, request: JobRequest) -> None:
+        with self._state.transaction() as changes:
+            changes.put_job(request.volume.key, JobRecord(request.id, request.command, request.arguments))
+
+    async def stop(self) -> None:
+        """The server ends: stop all jobs; those that persist go on after a restart. No thread of a job is left."""
+        jobs: Sequence[Job] = list(self._jobs.values())
+        await asyncio.gather(*(job.stop() for job in jobs))

@@ -1,0 +1,186 @@
+"""What a server must know after a restart: one small file, always whole, always durable before anybody is answered.
+
+For every disk, by the path of the image that the command line names: the image that is its top now, the overlays that
+were made but are not part of it yet, and the jobs that go on. So a restart with the same command line serves what was
+served before (R-59). The file is replaced as a whole: written beside its place, synced, renamed, directory synced.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from nbdq.admin.arguments import InvalidArguments, parse
+from nbdq.errors import NbdqError, printable
+from nbdq.storage import FileStorage, sync_directory_of
+
+_VERSION = 1
+#: A larger file is none of ours.
+_SIZE_MAX = 64 << 20
+
+
+class StateError(NbdqError):
+    """The state file cannot be used; nothing that it says is believed."""
+
+
+@dataclass(frozen=True)
+class TopRecord:
+    """The image that is the top of a disk now."""
+
+    path: str
+    format: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job to be started again after a restart."""
+
+    id: str
+    command: str
+    """The command that started it."""
+    arguments: dict[str, Any]
+    """Its arguments as they came over the wire."""
+    offset: int = 0
+    """So many bytes of its work need not be repeated."""
+
+
+@dataclass(frozen=True)
+class DiskRecord:
+    """Everything that outlives the server about one disk."""
+
+    top: TopRecord | None = None
+    """None: the image that the command line names."""
+    pending: list[str] = field(default_factory=list)
+    """Overlays that were made but do not belong to the disk yet; removed at the next start if nothing uses them."""
+    jobs: list[JobRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _File:
+    version: int
+    disks: dict[str, DiskRecord]
+
+
+class Changes:
+    """A transaction's own copy of the records; see :meth:`State.transaction`. Disks go by their key."""
+
+    def __init__(self, disks: Mapping[str, DiskRecord]) -> None:
+        self.disks = dict(disks)
+
+    def set_top(self, key: str, path: str, format: str) -> None:
+        """The image at ``path`` is the disk's top from now on, and no longer a pending overlay."""
+        path = os.path.realpath(path)
+        top = None if path == key else TopRecord(path, format)
+        self._update(key, top=top, pending=[other for other in self._disk(key).pending if other != path])
+
+    def add_pending(self, key: str, path: str) -> None:
+        """An overlay is about to be made at ``path``."""
+        self._update(key, pending=[*self._disk(key).pending, os.path.realpath(path)])
+
+    def remove_pending(self, key: str, path: str) -> None:
+        """The overlay at ``path`` has been removed again, or belongs to somebody else."""
+        path = os.path.realpath(path)
+        self._update(key, pending=[other for other in self._disk(key).pending if other != path])
+
+    def put_job(self, key: str, job: JobRecord) -> None:
+        """Remember ``job``, in the place of the one with its id."""
+        self._update(key, jobs=[*(other for other in self._disk(key).jobs if other.id != job.id), job])
+
+    def remove_job(self, key: str, job_id: str) -> None:
+        """The job has ended."""
+        self._update(key, jobs=[other for other in self._disk(key).jobs if other.id != job_id])
+
+    def _disk(self, key: str) -> DiskRecord:
+        return self.disks.get(key, DiskRecord())
+
+    def _update(self, key: str, **changes: Any) -> None:
+        self.disks[key] = replace(self._disk(key), **changes)
+
+
+class State:
+    """The records of all disks, in memory and in a file. Thread-safe; what waits for the disk is said."""
+
+    def __init__(self, path: str | None) -> None:
+        """Read the file at ``path``, which need not exist yet; without one, nothing outlives the process. Waits.
+
+        Raises:
+            StateError: the file is damaged, or of another version of the program.
+            OSError: it cannot be read.
+        """
+        self.path = path
+        self._lock = threading.Lock()
+        self._disks: dict[str, DiskRecord] = {}
+        if path is not None and os.path.lexists(path):
+            self._disks = _read(path)
+
+    def disk(self, key: str) -> DiskRecord:
+        """What is known about the disk; see :func:`disk_key`."""
+        return self._disks.get(key, DiskRecord())
+
+    @contextmanager
+    def transaction(self) -> Iterator[Changes]:
+        """Change the records of any number of disks: all are durable when the block ends, or none. Waits.
+
+        A block that raises changes nothing.
+
+        Raises:
+            OSError: the file cannot be replaced; the records are as before.
+        """
+        with self._lock:
+            changes = Changes(self._disks)
+            yield changes
+            disks = {key: disk for key, disk in changes.disks.items() if disk != DiskRecord()}
+            if disks != self._disks:
+                if self.path is not None:
+                    _write(self.path, disks)
+                self._disks = disks
+
+
+def disk_key(image: str) -> str:
+    """How a disk is called in the state file, by the image that the command line names."""
+    return os.path.realpath(image)
+
+
+def _read(path: str) -> dict[str, DiskRecord]:
+    storage = FileStorage.open(path)
+    try:
+        text = storage.read(0, _SIZE_MAX + 1)
+    finally:
+        storage.close()
+    try:
+        if len(text) > _SIZE_MAX:
+            raise InvalidArguments("it is too large")
+        members = json.loads(text)
+        version = members.get("version") if isinstance(members, dict) else None
+        if version != _VERSION:
+            raise InvalidArguments(f"its version is {printable(str(version))}, not {_VERSION}")
+        return parse(_File, members).disks
+    except (ValueError, RecursionError, InvalidArguments) as error:
+        raise StateError(
+            f"{printable(path)}: not a usable state file: {printable(str(error))};"
+            " it says which images are the tops of disks, so restore it, or remove it and name the tops"
+        ) from None
+
+
+def _write(path: str, disks: Mapping[str, DiskRecord]) -> None:
+    """Replace the file; durable on return, and what was there stays whole until then."""
+    text = json.dumps(asdict(_File(_VERSION, dict(disks))), indent=1, sort_keys=True).encode()
+    new = f"{path}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(new)  # left behind by a crash
+    storage = FileStorage.create(new, mode=0o600)
+    try:
+        try:
+            storage.write(0, text)
+            storage.sync()
+        finally:
+            storage.close()
+        os.rename(new, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new)
+        raise
+    sync_directory_of(path)
