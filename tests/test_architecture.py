@@ -89,9 +89,9 @@ RESERVED: dict[str, set[str]] = {
     # Who deals with files deals with paths; nobody else does. A server owns the files of its sockets.
     "os": {
         *("nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", "nbdq.chain.create"),
-        *("nbdq.chain.marker", *SHELL),
+        *("nbdq.chain.marker", "nbdq.ops.preflight", *SHELL),
     },
-    "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", *SHELL},
+    "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", "nbdq.ops.preflight", *SHELL},
     "io": {"nbdq.cli"},
     "mmap": set(),  # a truncated image would kill the server with SIGBUS
     "pathlib": {"nbdq.cli"},

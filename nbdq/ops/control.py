@@ -72,14 +72,17 @@ class Control:
         """So many more bytes of work have been found."""
         self.total += length
 
-    def advance(self, length: int = 0) -> None:
+    def advance(self, length: int = 0, *, cost: int | None = None) -> None:
         """``length`` bytes are done; wait for as long as the speed limit and a pause want it.
+
+        Args:
+            cost: how many of them count for the speed limit, if not all: zeros move nothing.
 
         Raises:
             Cancelled: somebody wants the operation to end.
         """
         self.done += length
-        self._window_bytes += length
+        self._window_bytes += length if cost is None else cost
         with self._wake:
             while not self._cancelled and (self._paused or self._ahead() > _SLICE):
                 self._wake.wait(None if self._paused else self._ahead())
