@@ -267,7 +267,7 @@ class Job:
             except Cancelled:
                 if not self._cancelled_softly:
                     raise
-                await asyncio.to_thread(self._operation.abort)
+                await self._release()
                 return
             except OSError as error:
                 if not self._stops_for(error):
@@ -324,10 +324,17 @@ class Job:
         except (ImageError, OperationError, OSError) as error:
             self.error = f"the disk was changed as wanted, but then: {_text(error)}"
 
+    async def _release(self) -> None:
+        async with self.request.volume.drained():
+            try:
+                await asyncio.to_thread(self._operation.abort)
+            finally:
+                self.request.volume.adopt()
+
     async def _abort(self) -> None:
         self._become(Status.ABORTING)
         try:
-            await asyncio.to_thread(self._operation.abort)
+            await self._release()
         except (ImageError, OperationError, OSError) as error:
             _log.warning("job %s could not clean up: %s", printable(self.id), _text(error))
 

@@ -25,7 +25,7 @@ class Operation(Protocol):
 
         Raises:
             Cancelled: ``control`` said so. :meth:`abort` follows.
-            ImageError, OperationError, OSError: it failed. :meth:`abort` follows.
+            ImageError, OperationError, OSError: it failed. :meth:`abort` follows, or ``run`` again.
         """
 
     def pivot(self) -> None:
@@ -42,7 +42,10 @@ class Operation(Protocol):
         """Do what may be slow after the pivot: close files, empty images. The disk is served."""
 
     def abort(self) -> None:
-        """Give up: release what is held. The disk is served, nothing else is called afterwards. Idempotent."""
+        """Give up: release what is held; the caller has drained the disk, which may know places that become free now.
+
+        Nothing else is called afterwards. Idempotent.
+        """
 
 
 @runtime_checkable
