@@ -22,13 +22,19 @@ from nbdq.storage import FileStorage, Identity, identity_of, sync_directory_of
 
 
 def create_qcow2(
-    path: str, options: CreateOptions, *, keep: Collection[Identity] = (), locking: Locking = Locking.AUTO
+    path: str,
+    options: CreateOptions,
+    *,
+    keep: Collection[Identity] = (),
+    replace: bool = True,
+    locking: Locking = Locking.AUTO,
 ) -> None:
     """Make a QCOW2 image at ``path``, and its data file if it has one; both durable on return.
 
     The data file is looked for where the readers of the chain look for it, beside the image. Files that exist are
-    replaced; those in ``keep``, and the backing file, are not. On failure nothing that is new is left behind, and what
-    existed is unchanged unless the failure came at the very end (then it may be gone) or it is a device.
+    replaced; those in ``keep``, and the backing file, are not, and without ``replace`` no image is. On failure nothing
+    that is new is left behind, and what existed is unchanged unless the failure came at the very end (then it may be
+    gone) or it is a device.
 
     Raises:
         NbdqError: impossible options, before any file is touched; ImageLocked, if something to be replaced is in use.
@@ -40,7 +46,7 @@ def create_qcow2(
         with suppress(OSError):  # what is not there cannot be overwritten
             keep.add(identity_of(backing_path(path, options.backing_name)))
     with ExitStack() as undo:
-        image = undo.enter_context(_NewFile(path, keep, locking))
+        image = undo.enter_context(_NewFile(path, keep if replace else None, locking))
         data = None
         if options.data_file_name is not None:
             data = _new_data_file(path, options.data_file_name, keep | image.identities, locking)
@@ -103,8 +109,8 @@ def _new_data_file(image: str, name: str, keep: Collection[Identity], locking: L
 class _NewFile:
     """A file that is being made, locked as by a writer. Leaving its context before :meth:`keep` removes it again."""
 
-    def __init__(self, path: str, keep: Collection[Identity], locking: Locking) -> None:
-        """Claim ``path``.
+    def __init__(self, path: str, keep: Collection[Identity] | None, locking: Locking) -> None:
+        """Claim ``path``; without ``keep`` nothing may be there.
 
         Raises:
             ImageError: what is there is in ``keep``, or in use, or cannot be replaced.
@@ -119,6 +125,8 @@ class _NewFile:
         try:
             self.storage = FileStorage.create(self._target)
         except FileExistsError:
+            if keep is None:
+                raise ImageError(path, "exists already", "choose another name") from None
             self._replace(keep, locking)
         else:
             try:

@@ -19,7 +19,7 @@ from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
 from nbdq.chain.open import check_top, read_only_layer, watch_threshold, writable_disk
 from nbdq.chain.overlay import OverlayDisk
-from nbdq.chain.policy import Policy
+from nbdq.chain.policy import Gate, Policy
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import ResolvedLayer, resolve_chain
 from nbdq.errors import ImageError, NotFound, OperationError, printable
@@ -53,13 +53,16 @@ class LiveChain:
         self._layers = layers
         self.policy = policy
         self.clusters = clusters
+        self.gate = Gate(layers[0].path, policy)
+        """Where files of this disk may lie."""
         self.read_only = read_only
         self.write_threshold = write_threshold
         self.on_event = on_event
         self._index_budget = index_budget
         self._punch = punch
         self._names: dict[FileStorage, str] = {}
-        self._claims = Claims(policy.locking)
+        self.claims = Claims(policy.locking)
+        """The locks on its files."""
         self._lower: dict[FileStorage, LowerLayer] = {}
         #: Readers of layers as they are in their files: kept, so that the cache knows their clusters again.
         self._readers: dict[FileStorage, Layer] = {}
@@ -105,11 +108,11 @@ class LiveChain:
         try:
             if read_only:
                 if policy.force_share:
-                    chain._claims.tolerate(layers)
+                    chain.claims.tolerate(layers)
                 top = read_only_layer(layers[0], snapshot)
                 chain.device = chain._disk([top, *map(chain._reader, layers[1:])])
             else:
-                chain._claims.opened_for_writing(layers[0])
+                chain.claims.opened_for_writing(layers[0])
                 layers[0] = check_top(layers[0], policy)
                 chain.device = chain._open_disk(layers[0], layers[1:])
                 chain._watch_threshold()
@@ -139,9 +142,17 @@ class LiveChain:
         Raises:
             OperationError: another layer has it.
         """
+        self.check_name(name)
+        self._names[self._layers[index].storage] = name
+
+    def check_name(self, name: str) -> None:
+        """Refuse a node name that a layer has already.
+
+        Raises:
+            OperationError: another layer has it.
+        """
         if name in self._names.values():
             raise OperationError(f'a layer is named "{printable(name)}" already; choose another name')
-        self._names[self._layers[index].storage] = name
 
     def node_name(self, index: int) -> str | None:
         """The name that a layer was given."""
@@ -196,7 +207,7 @@ class LiveChain:
 
     def _become_reader(self, layer: ResolvedLayer) -> None:
         """Let others read a layer that we do not write to any more, and read it anew ourselves."""
-        self._claims.end_writing(layer)
+        self.claims.end_writing(layer)
         self._readers.pop(layer.storage, None)
 
     # Writing to a layer below the top.
@@ -213,7 +224,7 @@ class LiveChain:
         layer = self._layers[index]
         assert index, "the top is written to already"
         assert layer.storage not in self._lower, "it is written to already"
-        self._claims.begin_writing(layer)
+        self.claims.begin_writing(layer)
         try:
             disk = self._open_disk(layer, self._layers[index + 1 :])
         except BaseException:
@@ -274,7 +285,7 @@ class LiveChain:
         self, old: list[ResolvedLayer], new: list[ResolvedLayer], top: WritableDisk | None
     ) -> list[ResolvedLayer]:
         if top is None:
-            self._claims.begin_writing(new[0])
+            self.claims.begin_writing(new[0])
         try:
             old[0] = self._seal(old[0])
             new = [old[0] if layer.storage is old[0].storage else layer for layer in new]
@@ -326,7 +337,7 @@ class LiveChain:
             assert all(layer.storage is not known.storage for known in self._layers)
             self._names.pop(layer.storage, None)
             self._readers.pop(layer.storage, None)
-            self._claims.forget(layer)
+            self.claims.forget(layer)
         self._close_files(layers)
 
     def set_backing(self, index: int, name: str | None, format: str | None) -> None:
@@ -346,7 +357,7 @@ class LiveChain:
             image = self.device.top
             image.rewrite_header(lambda storage, header: set_backing(storage, header, name=name, format=format))
             return
-        self._claims.begin_writing(layer)
+        self.claims.begin_writing(layer)
         try:
             set_backing(layer.storage, layer.header, name=name, format=format)
         finally:
