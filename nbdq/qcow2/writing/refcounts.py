@@ -177,6 +177,46 @@ class Refcounts:
         block.touch(slot, count)
         self._dirty.add(number)
 
+    def raise_counts(self, clusters: NDArray[np.uint64]) -> None:
+        """One more reference to each of ``clusters``, which are in use: ascending, and repeated for several.
+
+        Everything is checked before anything is changed.
+
+        Raises:
+            BrokenRefcounts: one of them has no reference so far; or as :meth:`block`.
+            OSError: EFBIG if ``refcount_bits`` is too small for so many references (Q31); or as :meth:`block`.
+        """
+        if not len(clusters):
+            return
+        numbers, starts = np.unique(clusters >> np.uint64(self._block_bits), return_index=True)
+        changes: list[tuple[int, Table, NDArray[np.uint64], NDArray[np.uint64]]] = []
+        for number, part in zip(numbers.tolist(), np.split(clusters, starts[1:]), strict=True):
+            slots, added = np.unique(part & np.uint64(self.block_clusters - 1), return_counts=True)
+            if not self.has_block(number):
+                raise BrokenRefcounts(f"cluster {int(part[0])} is in use, but has no refcount")
+            block = self.block(number)
+            counts = block.values[slots].astype(np.uint64)
+            if not counts.all():
+                unused = (number << self._block_bits) + int(slots[counts == 0][0])
+                raise BrokenRefcounts(f"cluster {unused} is in use, but has refcount 0")
+            if (added.astype(np.uint64) > np.uint64(self.maximum) - counts).any():
+                raise self.too_many_references()
+            changes.append((number, block, slots, counts + added.astype(np.uint64)))
+        for number, block, slots, counts in changes:
+            self._blocks[number] = block  # it may have had to make room for those behind it
+            self._dirty.add(number)
+            block.values[slots] = counts
+            block.touch(int(slots[0]), int(slots[-1] - slots[0]) + 1)
+
+    def too_many_references(self) -> OSError:
+        """What is said when a cluster would get more references than can be counted."""
+        return OSError(
+            errno.EFBIG,
+            f"a cluster would get more references than refcount_bits={1 << self._order} can count; "
+            "convert the image to one with more refcount_bits",
+            self._storage.path,
+        )
+
     def lower(self, first: int, count: int) -> list[tuple[int, int]]:
         """Take one reference from each cluster; (first, count) of those that have none left.
 

@@ -85,6 +85,55 @@ def test_a_count_never_falls_below_zero() -> None:
     assert [rig.refcounts.get(cluster) for cluster in range(4, 8)] == [0] * 4
 
 
+def clusters_of(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    return np.array(numbers, dtype=np.uint64)
+
+
+def test_references_are_added_as_often_as_a_cluster_is_named() -> None:
+    rig = Rig(counts={5: 1, 6: 3, 255: 1})
+    rig.refcounts.make_blocks(1)
+    rig.refcounts.set_used(257, 1)
+    rig.refcounts.raise_counts(clusters_of(5, 6, 6, 255, 257, 257, 257))
+    rig.flush()
+    assert [rig.reread().get(cluster) for cluster in (4, 5, 6, 7, 255, 256, 257)] == [0, 2, 5, 0, 2, 1, 4]
+    rig.refcounts.raise_counts(clusters_of())
+    assert not rig.refcounts.needs_flush
+
+
+def test_a_count_that_cannot_be_raised_leaves_all_counts_as_they_were(rig: Rig) -> None:
+    """Q31: never a wrap; what is refused is refused whole."""
+    largest = max_refcount(rig.order)
+    full = Rig(rig.order, counts={5: max(1, largest - 1), 6: largest})
+    with pytest.raises(OSError, match=f"refcount_bits={1 << rig.order}") as caught:
+        full.refcounts.raise_counts(clusters_of(5, 6))
+    assert caught.value.errno == errno.EFBIG
+    if rig.order:
+        full.refcounts.raise_counts(clusters_of(5))
+    with pytest.raises(OSError, match="refcount_bits"):
+        full.refcounts.raise_counts(clusters_of(3, 5))
+    assert [full.refcounts.get(cluster) for cluster in (3, 5, 6)] == [1, largest, largest]
+
+
+@pytest.mark.parametrize("unused", [7, 300], ids=["refcount 0", "no block"])
+def test_a_cluster_in_use_that_nobody_counted_means_that_refcounts_are_broken(unused: int) -> None:
+    rig = Rig(counts={5: 1})
+    with pytest.raises(BrokenRefcounts, match=str(unused)):
+        rig.refcounts.raise_counts(clusters_of(5, unused))
+    assert rig.refcounts.get(5) == 1
+    assert not rig.refcounts.needs_flush
+
+
+def test_counts_are_raised_even_if_their_blocks_do_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BUDGET", CLUSTER)
+    rig = Rig(counts={5: 1})
+    for number in range(1, 5):
+        rig.refcounts.make_blocks(number)
+    rig.flush()
+    rig.refcounts.raise_counts(clusters_of(5, 256, 512, 768, 1024))
+    rig.flush()
+    assert [rig.reread().get(cluster) for cluster in (5, 256, 512, 768, 1024)] == [2] * 5
+
+
 def test_references_are_taken_from_clusters_of_several_blocks() -> None:
     rig = Rig()
     rig.refcounts.make_blocks(1)
