@@ -64,6 +64,13 @@ class ClusterCache:
             self._ahead.add(key)
         self._pool.submit(partial(self._load_ahead, key, load))
 
+    def forget(self, key: Hashable) -> None:
+        """Another cluster has this key from now on. Nobody may be loading the old one."""
+        with self._lock:
+            cluster = self._clusters.pop(key, None)
+            if cluster is not None:
+                self._cost -= len(cluster)
+
     def _touch(self, key: Hashable) -> bytes | None:
         cluster = self._clusters.get(key)
         if cluster is not None:

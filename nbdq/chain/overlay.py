@@ -24,14 +24,17 @@ from nbdq.qcow2.entries import (
     READS_ZERO,
     SUBCLUSTERS,
 )
+from nbdq.qcow2.writing.compressed import CompressedWrites
 from nbdq.qcow2.writing.epochs import NEVER
 from nbdq.qcow2.writing.growth import grow
 from nbdq.qcow2.writing.guest_reads import GuestReads
 from nbdq.qcow2.writing.guest_writes import GuestWrites
 from nbdq.qcow2.writing.inline_writes import InlineWrites
 from nbdq.qcow2.writing.mapping import L2Table
+from nbdq.qcow2.writing.populate import Populate
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
+from nbdq.storage import Data
 
 #: Guest bytes of the first status chunk, for those who want no more than one extent.
 _FIRST_CHUNK = 2 << 20
@@ -50,6 +53,8 @@ class OverlayDisk:
         self._writes = GuestWrites(top, self._reads)
         self._inline_writes = InlineWrites(top, self._writes)
         self._zeroing = Zeroing(top, self._reads, self._writes)
+        self._populate = Populate(top, self._reads, self._writes)
+        self._compressed = CompressedWrites(top, lambda descriptor: clusters.forget((top.reader, descriptor)))
         geometry = top.geometry
         self._bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
@@ -310,6 +315,16 @@ class OverlayDisk:
         grow(self.top, self._zeroing, size)
         if self.below is not None:
             self._below_size = min(self.below.size, size)
+
+    # For live operations; from any thread, beside the guest's requests unless it says otherwise.
+
+    def populate(self, offset: int, length: int) -> int:
+        """Copy what shows through in the range into the top; see :meth:`Populate.populate`."""
+        return self._populate.populate(offset, length)
+
+    def write_compressed(self, offset: int, data: Data, *, if_open: bool = False) -> bool:
+        """Store a compressed cluster as it is; see :meth:`CompressedWrites.store`."""
+        return self._compressed.store(offset, data, if_open=if_open)
 
     def flush(self) -> None:
         """Make everything durable; see :class:`~nbdq.block.WritableBlockDevice`."""

@@ -68,7 +68,7 @@ class GuestWrites:
             while view:
                 try:
                     with image.changing():
-                        part = self._prepare(offset, len(view))
+                        part = self.prepare(offset, len(view))
                 except TableFull:
                     image.grow_refcount_table()
                     continue
@@ -77,7 +77,7 @@ class GuestWrites:
                     image.data.write(part.host, view[:count])
                 else:
                     count = min(len(view), (part.first + part.clusters << self._bits) - offset)
-                    self._write_new(part, offset, view[:count])
+                    self.write_new(part, offset, view[:count])
                 offset += count
                 view = view[count:]
         image.relieve()
@@ -102,10 +102,17 @@ class GuestWrites:
         """Allocation bits of the subclusters that bytes ``[start, end)`` of a cluster touch."""
         return (1 << -(-end // self._granule)) - (1 << start // self._granule)
 
-    # Preparing; all under the lock.
+    # Preparing; under the lock.
 
-    def _prepare(self, offset: int, length: int) -> _InPlace | NewClusters:
-        """Where the beginning of the range goes; what is new is in flight from now on."""
+    def prepare(self, offset: int, length: int) -> _InPlace | NewClusters:
+        """Where the beginning of the range goes; what is new is in flight from now on. Under the lock.
+
+        For new clusters :meth:`write_new` has to follow, which lands them.
+
+        Raises:
+            TableFull, BrokenRefcounts: as :meth:`Allocator.allocate`.
+            OSError: ENOSPC, EROFS or EIO; nothing is in flight.
+        """
         image = self._image
         cluster = offset >> self._bits
         while cluster in image.in_flight:
@@ -173,7 +180,12 @@ class GuestWrites:
 
     # Writing; without the lock.
 
-    def _write_new(self, part: NewClusters, offset: int, view: memoryview) -> None:
+    def write_new(self, part: NewClusters, offset: int, view: memoryview) -> None:
+        """Write ``view`` into clusters that :meth:`prepare` has found, and publish them.
+
+        Raises:
+            OSError: as :meth:`write`; the clusters are free again.
+        """
         image = self._image
         try:
             first, last = self._to_fill(part, offset, len(view))
@@ -190,7 +202,7 @@ class GuestWrites:
             with image.lock:
                 if part.run is not None:
                     image.allocator.undo(part.run)
-                self._land(part)
+                self.land(part)
             raise
         self._publish(part, offset, len(view))
 
@@ -252,7 +264,7 @@ class GuestWrites:
                     replaced = self.set_standard(table, index, part)
                 image.mapping.changed(l1_index, index, part.clusters)
                 image.published = is_published = True
-                self._land(part)
+                self.land(part)
                 for entry in replaced:  # last, because it can fail: what is not freed leaks
                     image.free_entry(entry)
         except BaseException:
@@ -260,7 +272,7 @@ class GuestWrites:
                 with image.lock:
                     if part.run is not None:
                         image.allocator.undo(part.run)
-                    self._land(part)
+                    self.land(part)
             raise
 
     def set_standard(self, table: L2Table, index: int, part: NewClusters) -> list[int]:
@@ -292,7 +304,7 @@ class GuestWrites:
                 replaced.append(old)
         return replaced
 
-    def _land(self, part: NewClusters) -> None:
+    def land(self, part: NewClusters) -> None:
         """The clusters are no longer in flight; the lock is held."""
         image = self._image
         image.in_flight.difference_update(range(part.first, part.first + part.clusters))

@@ -9,7 +9,15 @@ import errno
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdq.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, Geometry
+from nbdq.qcow2.entries import (
+    ALL_SUBCLUSTERS,
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    READS_ZERO,
+    SUBCLUSTERS,
+    Geometry,
+)
 from nbdq.qcow2.writing.allocator import Allocator
 from nbdq.qcow2.writing.protection import ProtectedClusters
 from nbdq.qcow2.writing.refcounts import Refcounts
@@ -49,6 +57,8 @@ class Mapping:
         self._cluster_size = geometry.cluster_size
         #: Bits of a host offset that are zero, for clusters do not overlap.
         self._inside_mask = OFFSET_MASK & geometry.cluster_size - 1
+        self.own_bits = OFFSET_MASK | COMPRESSED | READS_ZERO | (COPIED if geometry.has_data_file else 0)
+        """Bits of a standard entry any of which says that the image decides what its cluster is (Q36, Q38)."""
         self._refcounts = refcounts
         self._allocator = allocator
         self._protected = protected
@@ -127,6 +137,13 @@ class Mapping:
             self._verify(l1_index, table)
         table.is_own = True
         return table
+
+    def shows_below(self, table: L2Table, index: int, *, subclusters: int = ALL_SUBCLUSTERS) -> bool:
+        """Whether an entry decides nothing of its cluster, or of these ``subclusters`` of it: what is below shows."""
+        if self._geometry.extended_l2:
+            entry, bitmap = table.words[2 * index], table.words[2 * index + 1]
+            return not entry & COMPRESSED and not bitmap & (subclusters | subclusters << SUBCLUSTERS)
+        return not table.words[index] & self.own_bits
 
     def _place(self, l1_index: int) -> int:
         """Find room for an L2 table, and let the L1 entry name it."""

@@ -123,6 +123,8 @@ class WritableImage:
         self._flush_lock = threading.Lock()  # taken before `lock`
         self.epochs = Epochs()
         """Who may still touch what was freed."""
+        self.packing = 0
+        """Host offset behind the compressed cluster that was stored last: where the next one may go; 0 for nowhere."""
         self.is_corrupt = False
         """Corruption was found; nothing is written any more."""
 
@@ -273,6 +275,9 @@ class WritableImage:
             released = self.allocator.release(self.epochs.oldest_active())
         except BrokenRefcounts as error:
             raise self.corruption(str(error)) from error
+        open_cluster = self.packing // self.cluster_size
+        if any(first <= open_cluster < first + clusters for first, clusters, _ in released):
+            self.packing = 0
         if self._punch:
             for first, clusters, _ in released:
                 self.storage.punch(first * self.cluster_size, clusters * self.cluster_size)
@@ -414,16 +419,6 @@ class WritableImage:
                 self.bitmaps.store(self)
         except OSError as error:
             self.on_event(f"{self.path}: dirty bitmaps are lost, they cannot be stored: {error.strerror}")
-
-    def table_range(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(L1 index, first entry, count) of each L2 table's part of the guest range; clusters count whole."""
-        coverage, bits = self.geometry.l2_coverage, self.geometry.cluster_bits
-        while start < end:
-            l1_index = start // coverage
-            stop = min(end, (l1_index + 1) * coverage)
-            first = start % coverage >> bits
-            yield l1_index, first, (stop - l1_index * coverage + self.cluster_size - 1 >> bits) - first
-            start = stop
 
     def entries(self, l1_index: int, first: int, count: int) -> NDArray[np.uint64] | None:
         """A copy of entries of one L2 table; None where there is no table. With extended L2 two words each.
