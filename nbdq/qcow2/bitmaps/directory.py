@@ -65,6 +65,11 @@ class Bitmap:
         return 1 << self.granularity_bits
 
     @property
+    def is_enabled(self) -> bool:
+        """Whether writes are to be marked (Q70)."""
+        return BitmapFlags.AUTO in self.flags
+
+    @property
     def is_inconsistent(self) -> bool:
         """Whether what is stored of the bitmap is worthless (Q69)."""
         return BitmapFlags.IN_USE in self.flags
@@ -121,6 +126,11 @@ def iterate_bitmaps(storage: FileStorage, header: Header) -> Iterator[Bitmap]:
         raise InvalidImage(
             path, f"the bitmap directory has {len(found)} entries, but nb_bitmaps is {extension.count}", _MEND
         )
+
+
+def entry_length(name: str) -> int:
+    """Bytes of the directory entry of a bitmap called ``name``."""
+    return -(-(_ENTRY_SIZE + len(name.encode("utf-8", "surrogateescape"))) // 8) * 8
 
 
 def build_directory(bitmaps: Iterable[Bitmap]) -> bytes:

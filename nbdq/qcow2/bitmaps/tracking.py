@@ -1,46 +1,50 @@
-"""The persistent bitmaps of an image that is written to: taken over at open, marked by every write, stored at the end.
+"""The dirty bitmaps of an image that is written to: taken over at open, marked by every write, stored at the end.
 
 While writes are served the file says of every bitmap that it is in use (Q69), so that after a crash nobody believes
-bits that miss writes: a bitmap may say too much, never too little (R-57). The file changes in steps after any of which
-a crash leaves bitmaps that are in use, bitmaps that nobody believes because the autoclear bit is off, or right ones.
+bits that miss writes: a bitmap may say too much, never too little (R-57). What administrators change meanwhile is
+changed in memory, as in QEMU, and comes to the file with :meth:`DirtyBitmaps.store`; only a removed bitmap leaves it at
+once.
+
+A change that decides which writes are marked (adding, enabling, clearing, …) takes effect for requests that begin after
+it. Those that had begun may still change the disk without being marked: who wants to rely on the change has drained the
+disk, or waits for them afterwards (``WritableImage.barrier``; :mod:`nbdq.qcow2.bitmaps.bits` has the argument).
 """
 
-import struct
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+import errno
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nbdq.errors import CorruptImage, UnsupportedImage
+from nbdq.errors import NotFound, OperationError, UnsupportedImage, printable
 from nbdq.qcow2.bitmaps.bits import DirtyBits, packed_length
-from nbdq.qcow2.bitmaps.directory import Bitmap, BitmapFlags, build_directory, iterate_bitmaps
-from nbdq.qcow2.bitmaps.tables import LOST, Table, data_clusters, read_bits, read_table, write_bits
+from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
+from nbdq.qcow2.bitmaps.limits import (
+    MAX_MEMORY,
+    check_new_bitmap,
+    check_persistence,
+    default_granularity_bits,
+    memory_needed,
+)
+from nbdq.qcow2.bitmaps.storing import (
+    DirtyBitmap,
+    MetadataImage,
+    Stored,
+    declare_in_use,
+    forget_bitmaps,
+    store_bitmaps,
+    without_bitmaps,
+    write_autoclear,
+)
+from nbdq.qcow2.bitmaps.tables import read_bits, read_table
 from nbdq.qcow2.features import Autoclear
-from nbdq.qcow2.fields import SNAPSHOT_ENTRY_SIZE
 from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
 
-#: Memory for the bits of all bitmaps of one image, as much as QEMU allows for a single one (Q68). Where nothing was
-#: ever written bits take none.
-MAX_MEMORY = 512 << 20
-
-#: Where the header has its autoclear bits: eight bytes of one sector, which cannot tear (R-54).
-_AUTOCLEAR_OFFSET = 88
-_AUTOCLEAR = struct.Struct(">Q")
-
-
-class MetadataImage(Protocol):
-    """What storing needs of a ``WritableImage``."""
-
-    @property
-    def storage(self) -> FileStorage: ...
-    @property
-    def header(self) -> Header: ...
-    def allocate_metadata(self, cluster_count: int, /) -> int: ...
-    def free_metadata(self, host_offset: int, cluster_count: int, /) -> None: ...
-    def flush(self) -> None: ...
+#: Takes a change back, in the state that the change left: changes are undone in reverse order, the disk drained.
+Undo = Callable[[], None]
 
 
 class TakenOver(NamedTuple):
@@ -54,16 +58,17 @@ class TakenOver(NamedTuple):
     """Why the image had to lose its bitmaps, to be logged as a warning."""
 
 
-@dataclass(frozen=True)
-class _Tracked:
-    """One bitmap of the directory."""
+class BitmapState(NamedTuple):
+    """One bitmap, for those who list them."""
 
-    entry: Bitmap
-    """As in the file, but that only an inconsistent one is marked as in use."""
-    bits: DirtyBits | None
-    """None if the bitmap is inconsistent."""
-    table: Table
-    """As in the file; empty if the bitmap is inconsistent."""
+    name: str
+    granularity: int
+    """Guest bytes for one bit."""
+    dirty_length: int
+    """Guest bytes that are dirty; 0 if the bitmap is inconsistent."""
+    is_recording: bool
+    is_persistent: bool
+    is_inconsistent: bool
 
 
 def take_over_bitmaps(storage: FileStorage, header: Header) -> TakenOver:
@@ -88,22 +93,30 @@ def take_over_bitmaps(storage: FileStorage, header: Header) -> TakenOver:
             reason = error.what
         except MemoryError:
             reason = "there is not enough memory for its bitmaps"
-    header = replace(header, autoclear=_without_bitmaps(header.autoclear), bitmaps=None)
-    _write_autoclear(storage, header.autoclear)
+    header = replace(header, autoclear=without_bitmaps(header.autoclear), bitmaps=None)
+    write_autoclear(storage, header.autoclear)
     return TakenOver(header, None, reason)
 
 
 class DirtyBitmaps:
-    """All bitmaps of one image, in directory order.
+    """All bitmaps of one image, in directory order, then in the order in which they were added; and what jobs track.
 
-    They can be asked at any time, by any thread. Between :meth:`begin_writing` and :meth:`store` they must be told of
-    every write.
+    They can be asked and changed at any time, by any thread. Between :meth:`begin_writing` and :meth:`store` they must
+    be told of every write.
     """
 
-    def __init__(self, bitmaps: Iterable[_Tracked]) -> None:
-        """For :meth:`load`."""
-        self._bitmaps = list(bitmaps)
-        self._marked: list[DirtyBits] | None = None  # of the enabled bitmaps, while writes are served
+    def __init__(self, path: str, header: Header) -> None:
+        """No bitmaps yet, of the image at ``path``; :meth:`begin_writing` comes before the first mark."""
+        self.size = header.guest_size
+        self._path = path
+        self._version = header.version
+        self._cluster_bits = header.cluster_bits
+        self._bitmaps: list[DirtyBitmap] = []
+        self._in_file: list[Stored] = []
+        self._trackers: list[DirtyBits] = []
+        self._marked: tuple[DirtyBits, ...] | None = None  # replaced as a whole, so that marking needs no lock
+        self._lock = threading.RLock()
+        """Which bitmaps there are, and what they are; not their bits."""
 
     @classmethod
     def load(cls, storage: FileStorage, header: Header, *, max_memory: int = MAX_MEMORY) -> "DirtyBitmaps":
@@ -114,66 +127,60 @@ class DirtyBitmaps:
             UnsupportedImage: a bitmap has extra data, or the bits need more than ``max_memory`` bytes.
             OSError: the file cannot be read.
         """
-        found = []
+        found = cls(storage.path, header)
         memory = 0
         for entry in iterate_bitmaps(storage, header):
-            if entry.is_inconsistent:
-                found.append(_Tracked(entry, None, np.zeros(0, dtype=np.uint64)))
-                continue
-            memory += packed_length(header.guest_size, entry.granularity_bits)
-            if memory > max_memory:
-                raise UnsupportedImage(storage.path, f"its bitmaps need more than {max_memory} bytes of memory")
-            table = read_table(storage, header, entry)
-            found.append(_Tracked(entry, read_bits(storage, header, entry, table), table))
-        return cls(found)
+            bits, table = None, np.zeros(0, dtype=np.uint64)
+            if not entry.is_inconsistent:
+                memory += packed_length(header.guest_size, entry.granularity_bits)
+                if memory > max_memory:
+                    raise UnsupportedImage(storage.path, f"its bitmaps need more than {max_memory} bytes of memory")
+                table = read_table(storage, header, entry)
+                bits = read_bits(storage, header, entry, table)
+            stored = Stored(entry, table)
+            found._in_file.append(stored)
+            found._bitmaps.append(
+                DirtyBitmap(
+                    entry.name,
+                    entry.granularity_bits,
+                    bits,
+                    is_enabled=entry.is_enabled,
+                    is_persistent=True,
+                    stored=stored,
+                )
+            )
+        return found
 
-    def find(self, name: str) -> DirtyBits | None:
-        """The bits of the bitmap called ``name``; None if there is no such bitmap.
-
-        Raises:
-            ExportError: it is inconsistent.
-        """
-        for tracked in self._bitmaps:
-            if tracked.entry.name == name:
-                tracked.entry.check_consistent()
-                return tracked.bits
-        return None
-
-    @property
-    def inconsistent(self) -> list[str]:
-        """Names of the bitmaps whose bits are worthless; they stay in the image as they are."""
-        return [tracked.entry.name for tracked in self._bitmaps if tracked.bits is None]
+    # Between the image and its file.
 
     def begin_writing(self, storage: FileStorage, header: Header) -> Header:
         """Declare in the file that the bitmaps are in use; then, and not before, the guest may write.
 
-        In QEMU's order (Q69): whoever opens the image after a crash within finds no bitmaps, or all of them in use.
         Returns the header that the file has now, which is ``header``.
 
         Raises:
-            UnsupportedImage: the directory cannot be written anew in its place. Nothing has changed.
-            CorruptImage: to give up clusters of the bitmaps would be to give up something else. Nothing has changed.
-            OSError: the file cannot be written.
+            UnsupportedImage, CorruptImage, OSError: as :func:`nbdq.qcow2.bitmaps.storing.declare_in_use`.
         """
         assert self._marked is None, "bitmaps are in use already"
-        consistent = [tracked for tracked in self._bitmaps if tracked.bits is not None]
-        if consistent:
-            _refuse_overlaps(storage.path, header, consistent)
-            entries = [tracked.entry for tracked in self._bitmaps]
-            _rewrite_directory(
-                storage, header, [replace(entry, flags=entry.flags | BitmapFlags.IN_USE) for entry in entries]
-            )
-        self._marked = [each.bits for each in consistent if each.bits and BitmapFlags.AUTO in each.entry.flags]
+        declare_in_use(storage, header, self._in_file)
+        with self._lock:
+            self._marked = ()
+            self._choose_marked()
         return header
 
     def mark(self, offset: int, length: int) -> None:
-        """Note in all enabled bitmaps that a range, not empty, is about to change. Any thread; before the change.
+        """Note in all enabled bitmaps that a range, not empty, is about to change; before it does.
 
-        A disabled bitmap, one without the flag AUTO, stays as it is (Q70).
+        Any thread; under the pin of the request. A disabled bitmap stays as it is (Q70).
         """
         assert self._marked is not None, "a write before begin_writing, or after store"
         for bits in self._marked:
             bits.mark(offset, length)
+
+    def _choose_marked(self) -> None:
+        if self._marked is not None:
+            recording = [each.bits for each in self._bitmaps if each.is_recording and each.bits is not None]
+            self._marked = (*recording, *self._trackers)
 
     def store(self, image: MetadataImage) -> None:
         """Write all bits to ``image`` and declare the bitmaps in use no more, in an order that no crash can harm.
@@ -186,103 +193,248 @@ class DirtyBitmaps:
                 are as before.
         """
         assert self._marked is not None, "bitmaps are not in use"
-        self._marked = None
-        if all(tracked.bits is None for tracked in self._bitmaps):
-            return
-        allocated: list[tuple[int, int]] = []
+        with self._lock:
+            self._marked = None
+            self._in_file = store_bitmaps(image, self._bitmaps, self._in_file)
+            by_name = {stored.entry.name: stored for stored in self._in_file}
+            for each in self._bitmaps:
+                each.stored = by_name.get(each.name)
+                if each.stored is not None and each.bits is not None:
+                    each.bits.changed = False
 
-        def allocate(cluster_count: int) -> int:
-            offset = image.allocate_metadata(cluster_count)
-            allocated.append((offset, cluster_count))
-            return offset
+    def forget_removed(self, image: MetadataImage) -> None:
+        """Make durable that bitmaps were removed: the file lists them no more, not even as inconsistent.
 
-        try:
-            stored = [_store_one(image, tracked, allocate) for tracked in self._bitmaps]
-            image.flush()
-        except OSError:
-            for offset, cluster_count in allocated:
-                image.free_metadata(offset, cluster_count)
-            raise
-        # If this fails, nobody knows to which clusters the file refers: old and new ones stay allocated.
-        _rewrite_directory(image.storage, image.header, [tracked.entry for tracked in stored])
-        unused = np.setdiff1d(_clusters(self._bitmaps, image.header), _clusters(stored, image.header))
-        self._bitmaps = stored
-        for tracked in stored:
-            if tracked.bits is not None:
-                tracked.bits.changed = False
-        for offset, cluster_count in _runs(unused, image.header.cluster_size):
-            image.free_metadata(offset, cluster_count)
+        Guest writes go on. Until this was called, :meth:`remove` can be undone.
 
+        Raises:
+            OSError: ENOSPC or a failed medium; the bitmaps are gone with the next :meth:`store` at the latest.
+        """
+        with self._lock:
+            present = {id(each.stored) for each in self._bitmaps}
+            left = [stored for stored in self._in_file if id(stored) in present]
+            if len(left) < len(self._in_file):
+                forget_bitmaps(image, left, self._in_file)
+                self._in_file = left
 
-def _store_one(image: MetadataImage, tracked: _Tracked, allocate: Callable[[int], int]) -> _Tracked:
-    """``tracked`` as the next directory lists it."""
-    if tracked.bits is None or not tracked.bits.changed:
-        return tracked
-    table, offset = write_bits(image.storage, tracked.bits, cluster_size=image.header.cluster_size, allocate=allocate)
-    return replace(tracked, entry=replace(tracked.entry, table_offset=offset), table=table)
+    # Asking.
 
+    def __iter__(self) -> Iterator[BitmapState]:
+        with self._lock:
+            bitmaps = list(self._bitmaps)
+        for each in bitmaps:
+            yield BitmapState(
+                each.name,
+                1 << each.granularity_bits,
+                each.bits.dirty_length if each.bits is not None else 0,
+                each.is_recording,
+                each.is_persistent,
+                each.bits is None,
+            )
 
-def _without_bitmaps(autoclear: Autoclear) -> Autoclear:
-    return Autoclear(int(autoclear) & ~int(Autoclear.BITMAPS))  # the complement of a flag has no unknown bits
+    def find(self, name: str) -> DirtyBits | None:
+        """The bits of the bitmap called ``name``; None if there is no such bitmap. They stay the same object.
 
+        Raises:
+            ExportError: it is inconsistent.
+        """
+        for each in self._bitmaps:
+            if each.name == name:
+                each.entry.check_consistent()
+                return each.bits
+        return None
 
-def _write_autoclear(storage: FileStorage, autoclear: Autoclear) -> None:
-    storage.write(_AUTOCLEAR_OFFSET, _AUTOCLEAR.pack(autoclear))
-    storage.sync()
+    @property
+    def inconsistent(self) -> list[str]:
+        """Names of the bitmaps whose bits are worthless; they stay in the image as they are."""
+        return [each.name for each in self._bitmaps if each.bits is None]
 
+    # Changing, in QEMU's words (4.12). Each returns how it is undone.
 
-def _rewrite_directory(storage: FileStorage, header: Header, entries: Iterable[Bitmap]) -> None:
-    """Replace the entries of the directory where it is; while it is half written, the header disowns it.
+    def add(
+        self, name: str, *, granularity_bits: int | None = None, persistent: bool = False, disabled: bool = False
+    ) -> Undo:
+        """A new bitmap, clean. Without ``granularity_bits`` a bit is for a cluster, but for 4 to 64 KiB.
 
-    Raises:
-        UnsupportedImage: it would need another place. Nothing has changed.
-        OSError: the file cannot be written.
-    """
-    extension = header.bitmaps
-    assert extension is not None, "the directory was read"
-    directory = build_directory(entries)
-    if len(directory) != extension.directory_size:
-        raise UnsupportedImage(storage.path, "it has names of bitmaps with NUL characters")
-    _write_autoclear(storage, _without_bitmaps(header.autoclear))
-    storage.write(extension.directory_offset, directory)
-    storage.sync()
-    _write_autoclear(storage, header.autoclear)
+        A persistent one comes to the file with :meth:`store`.
 
+        Raises:
+            OperationError: there is one of that name, the image cannot keep it, or a limit of QEMU is passed (Q68).
+        """
+        if granularity_bits is None:
+            granularity_bits = default_granularity_bits(self._cluster_bits)
+        with self._lock:
+            check_new_bitmap(self._bitmaps, name, granularity_bits, size=self.size)
+            if persistent:
+                check_persistence(self._bitmaps, name, path=self._path, version=self._version)
+            bits = DirtyBits(self.size, granularity_bits)
+            bits.changed = True  # nothing is stored yet
+            new = DirtyBitmap(name, granularity_bits, bits, is_enabled=not disabled, is_persistent=persistent)
+            self._bitmaps.append(new)
+            self._choose_marked()
+        return lambda: self._take_out(new)
 
-def _refuse_overlaps(path: str, header: Header, bitmaps: Iterable[_Tracked]) -> None:
-    """See that no two bitmaps share a cluster, and none has one that the header names for something else.
+    def remove(self, name: str) -> Undo:
+        """Do without a bitmap; also without one that is inconsistent. The file follows in :meth:`forget_removed`.
 
-    Raises:
-        CorruptImage: they do.
-    """
-    areas = [
-        (0, header.cluster_size),
-        (header.l1_table_offset, header.l1_size * 8),
-        (header.refcount_table_offset, header.refcount_table_clusters * header.cluster_size),
-        (header.snapshots_offset, header.snapshot_count * SNAPSHOT_ENTRY_SIZE),
-    ]
-    if header.bitmaps is not None:
-        areas.append((header.bitmaps.directory_offset, header.bitmaps.directory_size))
-    others = [np.arange(offset, offset + length, header.cluster_size, dtype=np.uint64) for offset, length in areas]
-    places, counts = np.unique(np.concatenate([_clusters(bitmaps, header), *others]), return_counts=True)
-    if counts.max() > 1:
-        place = int(places[counts.argmax()])
-        raise CorruptImage(path, f"its dirty bitmaps share the cluster at {place:#x} with something else", LOST)
+        Raises:
+            NotFound: there is none of that name.
+        """
+        with self._lock:
+            found = self._named(name)
+            position = self._bitmaps.index(found)
+            self._take_out(found)
 
+        def undo() -> None:
+            with self._lock:
+                self._bitmaps.insert(position, found)
+                self._choose_marked()
 
-def _clusters(bitmaps: Iterable[_Tracked], header: Header) -> NDArray[np.uint64]:
-    """Host offsets of the clusters that the tables and data of consistent bitmaps occupy."""
-    found = [np.zeros(0, dtype=np.uint64)]
-    for tracked in bitmaps:
-        if tracked.bits is not None:
-            start, end = tracked.entry.table_offset, tracked.entry.table_offset + len(tracked.table) * 8
-            found += [np.arange(start, end, header.cluster_size, dtype=np.uint64), data_clusters(tracked.table)]
-    return np.concatenate(found)
+        return undo
 
+    def clear(self, name: str) -> Undo:
+        """Forget all that was marked.
 
-def _runs(clusters: NDArray[np.uint64], cluster_size: int) -> Iterator[tuple[int, int]]:
-    """(host offset, cluster count) of neighbours among ascending ``clusters``."""
-    breaks = np.flatnonzero(np.diff(clusters) != cluster_size) + 1
-    for run in np.split(clusters, breaks):
-        if len(run):
-            yield int(run[0]), len(run)
+        Raises:
+            NotFound, OperationError: there is no such bitmap, or it is inconsistent.
+        """
+        bits = self.usable(name)
+        old = bits.clear()
+        return lambda: bits.restore(old | bits.packed)
+
+    def enable(self, name: str) -> Undo:
+        """Mark writes from now on.
+
+        Raises:
+            NotFound, OperationError: there is no such bitmap, or it is inconsistent.
+        """
+        return self._set_enabled(name, True)
+
+    def disable(self, name: str) -> Undo:
+        """Mark no writes from now on: what is marked stays as it is.
+
+        Raises:
+            NotFound, OperationError: there is no such bitmap, or it is inconsistent.
+        """
+        return self._set_enabled(name, False)
+
+    def merge(self, target: str, sources: Sequence[DirtyBits]) -> Undo:
+        """Mark in ``target`` all that is marked in any of ``sources``, of this image or others. All or nothing.
+
+        Raises:
+            NotFound, OperationError: there is no such target, it is inconsistent, or a source has another size.
+        """
+        bits = self.usable(target)
+        for source in sources:
+            if source.size != bits.size:
+                raise OperationError(
+                    f"Bitmaps are of different sizes (destination size is {bits.size}, source size is {source.size}) "
+                    "and can't be merged"
+                )
+        old = bits.merge(sources)
+        return lambda: bits.restore(old)
+
+    def usable(self, name: str) -> DirtyBits:
+        """The bits of a bitmap that must be there.
+
+        Raises:
+            NotFound, OperationError: there is no such bitmap, or it is inconsistent.
+        """
+        bits = self._named(name).bits
+        if bits is None:
+            raise OperationError(
+                f"Bitmap '{printable(name)}' is inconsistent and cannot be used; remove it with "
+                "block-dirty-bitmap-remove, and make a full backup"
+            )
+        return bits
+
+    def resize(self, size: int) -> None:
+        """Fit a disk of ``size`` bytes: what is new is clean, what is behind the end is forgotten.
+
+        Requests may go on where the smaller of both disks is. What the file has of the bitmaps fits again after
+        :meth:`store`; until then they are in use there.
+
+        Raises:
+            OSError: EOPNOTSUPP if a bitmap is inconsistent, EFBIG if one would be too large. Nothing has changed.
+        """
+        with self._lock:
+            if bad := self.inconsistent:
+                what = f"Bitmap '{printable(bad[0])}' is inconsistent and cannot be resized; remove it"
+                raise OSError(errno.EOPNOTSUPP, what, self._path)
+            if size > self.size and memory_needed(self._bitmaps, size) > MAX_MEMORY:
+                raise OSError(errno.EFBIG, "the dirty bitmaps would be too large; remove some", self._path)
+            for each in self._bitmaps:
+                if each.bits is not None:
+                    each.bits.resize(size)
+            for tracker in self._trackers:
+                tracker.resize(size)
+            self.size = size
+
+    def adopt(self, before: "DirtyBitmaps") -> None:
+        """Go on with the bits that ``before`` had when the same image was open: nobody has written to it since.
+
+        So transient bitmaps and trackers survive, exports go on showing what is marked, and bits that could not be
+        stored are not lost.
+        """
+        with self._lock:
+            mine = {each.name: each for each in self._bitmaps}
+            for each in before._bitmaps:
+                if each.bits is None:
+                    continue
+                found = mine.get(each.name)
+                each.bits.changed |= found is None or found.bits is None
+                if found is None:
+                    self._bitmaps.append(replace(each, stored=None))
+                else:
+                    found.bits, found.is_enabled = each.bits, each.is_enabled
+            self._trackers += before._trackers
+            for bits in (*(each.bits for each in self._bitmaps), *self._trackers):
+                if bits is not None and bits.size != self.size:
+                    bits.resize(self.size)
+            self._choose_marked()
+
+    # For jobs.
+
+    def track(self, granularity_bits: int) -> DirtyBits:
+        """Bits that are marked from now on, clean, and known to the caller only; until :meth:`untrack`.
+
+        The caller waits for requests that had begun before (``WritableImage.barrier``).
+        """
+        with self._lock:
+            tracker = DirtyBits(self.size, granularity_bits)
+            self._trackers.append(tracker)
+            self._choose_marked()
+            return tracker
+
+    def untrack(self, tracker: DirtyBits) -> None:
+        """Mark ``tracker``, one of :meth:`track`, no more. Idempotent."""
+        with self._lock:
+            self._trackers = [each for each in self._trackers if each is not tracker]
+            self._choose_marked()
+
+    # Within.
+
+    def _named(self, name: str) -> DirtyBitmap:
+        for each in self._bitmaps:
+            if each.name == name:
+                return each
+        raise NotFound(f"Dirty bitmap '{printable(name)}' not found")
+
+    def _take_out(self, bitmap: DirtyBitmap) -> None:
+        with self._lock:
+            self._bitmaps.remove(bitmap)
+            self._choose_marked()
+
+    def _set_enabled(self, name: str, is_enabled: bool) -> Undo:
+        with self._lock:
+            self.usable(name)
+            bitmap = self._named(name)
+            was_enabled, bitmap.is_enabled = bitmap.is_enabled, is_enabled
+            self._choose_marked()
+
+        def undo() -> None:
+            with self._lock:
+                bitmap.is_enabled = was_enabled
+                self._choose_marked()
+
+        return undo

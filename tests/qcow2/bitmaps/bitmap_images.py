@@ -1,6 +1,6 @@
 """Images with persistent bitmaps, made without any tool, and the smallest image that can be written to."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +39,9 @@ class FakeImage:
         clusters = self._clusters(host_offset, cluster_count)
         assert not clusters & self.freed, "freed twice"
         self.freed |= clusters
+
+    def rewrite_header(self, change: Callable[[FileStorage, Header], Header]) -> None:
+        self.header = change(self.storage, self.header)
 
     def flush(self) -> None:
         self.storage.sync()
