@@ -1,20 +1,16 @@
 """What a command of the admin socket has at hand."""
 
-from __future__ import annotations
-
-import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from nbdq.admin.jobs import Jobs
 from nbdq.admin.policies import Policies
 from nbdq.admin.state import State
 from nbdq.errors import NotFound, printable
 from nbdq.server.export import Exports
-
-if TYPE_CHECKING:
-    from nbdq.server.volume import Volume
+from nbdq.server.threads import in_thread
+from nbdq.server.volume import Volume
 
 _Result = TypeVar("_Result")
 
@@ -41,15 +37,17 @@ class Volumes:
         return iter(list(self._volumes.values()))
 
     def volume(self, name: str) -> Volume:
-        """The disk of that name.
+        """The disk of that name, or the one with a layer that was given this node name.
 
         Raises:
             NotFound: there is none.
         """
-        try:
+        if name in self._volumes:
             return self._volumes[name]
-        except KeyError:
-            raise NotFound(f"Cannot find device='{printable(name)}' nor node-name='{printable(name)}'") from None
+        for volume in self:
+            if any(volume.chain.node_name(index) == name for index in range(len(volume.chain.layers))):
+                return volume
+        raise NotFound(f"Cannot find device='{printable(name)}' nor node-name='{printable(name)}'")
 
 
 @dataclass(frozen=True)
@@ -68,5 +66,5 @@ class Context:
     peer: Peer
 
     async def in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Run what may wait for a disk on another thread; it is not interrupted when the client goes."""
-        return await asyncio.to_thread(function, *arguments)
+        """What ``function`` returns; it may wait for a disk, on another thread, and is never interrupted."""
+        return await in_thread(function, *arguments)

@@ -10,8 +10,6 @@ The operation itself runs in a thread of its own; everything here happens on the
 client: who started it may leave.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading
@@ -19,15 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from nbdq.admin.state import State
 from nbdq.errors import ImageError, OperationError, printable
 from nbdq.ops.control import Cancelled, Control
 from nbdq.ops.operation import MirroringOperation, Operation
-
-if TYPE_CHECKING:
-    from nbdq.server.volume import Volume
+from nbdq.server.threads import in_thread
+from nbdq.server.volume import Volume
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +97,8 @@ class Job:
         *,
         state: State,
         emit: Callable[[str, dict[str, Any]], None],
-        on_concluded: Callable[[Job], None],
-        on_null: Callable[[Job], None],
+        on_concluded: Callable[["Job"], None],
+        on_null: Callable[["Job"], None],
     ) -> None:
         self.request = request
         self.status = Status.CREATED
@@ -300,11 +297,11 @@ class Job:
         """Change the disk, and record durably what it is now, before any request goes on (R-59, R-60)."""
         volume = self.request.volume
         async with volume.drained():
-            await asyncio.to_thread(self._operation.pivot)
+            await in_thread(self._operation.pivot)
             try:
-                await asyncio.to_thread(self._record_end)
+                await in_thread(self._record_end)
             except BaseException:
-                await asyncio.to_thread(self._operation.revert)
+                await in_thread(self._operation.revert)
                 raise
             finally:
                 volume.adopt()
@@ -313,21 +310,21 @@ class Job:
         volume = self.request.volume
         top = volume.chain.layers[0]
         with self._state.transaction() as changes:
-            changes.set_top(volume.key, top.path, top.format)
-            changes.remove_job(volume.key, self.id)
+            changes.set_top(volume.name, top.path, top.format)
+            changes.remove_job(volume.name, self.id)
 
     async def _finish(self) -> None:
         if self._cancelled_softly:
             return
         try:
-            await asyncio.to_thread(self._operation.finish)
+            await in_thread(self._operation.finish)
         except (ImageError, OperationError, OSError) as error:
             self.error = f"the disk was changed as wanted, but then: {_text(error)}"
 
     async def _release(self) -> None:
         async with self.request.volume.drained():
             try:
-                await asyncio.to_thread(self._operation.abort)
+                await in_thread(self._operation.abort)
             finally:
                 self.request.volume.adopt()
 
@@ -341,7 +338,7 @@ class Job:
     async def _conclude(self) -> None:
         if not self._stopping:
             try:
-                await asyncio.to_thread(self._forget)
+                await in_thread(self._forget)
             except OSError as error:
                 _log.warning("job %s may start again after a restart: %s", printable(self.id), _text(error))
         if self._cancelled and not self._cancelled_softly and self.status is Status.ABORTING and self.error is None:
@@ -357,7 +354,7 @@ class Job:
 
     def _forget(self) -> None:
         with self._state.transaction() as changes:
-            changes.remove_job(self.request.volume.key, self.id)
+            changes.remove_job(self.request.volume.name, self.id)
 
     def _pause(self) -> None:
         self._unpaused.clear()

@@ -5,23 +5,20 @@ second is refused with the name of the first. That is what :meth:`Jobs.exclusive
 too. Loop thread only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbdq.admin.job import Job, JobRequest
 from nbdq.admin.state import JobRecord, State
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.operation import Operation
-
-if TYPE_CHECKING:
-    from nbdq.server.volume import Volume
+from nbdq.server.threads import in_thread
+from nbdq.server.volume import Volume
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +38,10 @@ class _Claim:
         if self.volume is not volume:
             return False
         return self.layers is None or layers is None or bool(self.layers & layers)
+
+
+class NotActive(NotFound):
+    """There is no block job of that name (any more)."""
 
 
 class Jobs:
@@ -66,6 +67,17 @@ class Jobs:
             return self._jobs[job_id]
         except KeyError:
             raise NotFound(f"Job '{printable(job_id)}' not found") from None
+
+    def block_job(self, job_id: str) -> Job:
+        """As :meth:`job`, for the commands that QEMU has for block jobs.
+
+        Raises:
+            NotActive: there is none (any more).
+        """
+        try:
+            return self._jobs[job_id]
+        except KeyError:
+            raise NotActive(f"Block job '{printable(job_id)}' not found") from None
 
     @contextmanager
     def exclusive(self, volume: Volume, what: str, layers: frozenset[str] | None = None) -> Iterator[None]:
@@ -110,12 +122,12 @@ class Jobs:
                 raise OperationError(f"Invalid job ID '{printable(request.id)}'")
             claim = self._claim(request.volume, f"job '{request.id}' ({request.type})", request.layers)
             try:
-                operation = await asyncio.to_thread(make)
+                operation = await in_thread(make)
                 try:
                     if request.persistent:
-                        await asyncio.to_thread(self._record, request)
+                        await in_thread(self._record, request)
                 except BaseException:
-                    await asyncio.to_thread(operation.abort)
+                    await in_thread(operation.abort)
                     raise
             except BaseException:
                 self._claims.remove(claim)
@@ -137,7 +149,7 @@ class Jobs:
 
     def _record(self, request: JobRequest) -> None:
         with self._state.transaction() as changes:
-            changes.put_job(request.volume.key, JobRecord(request.id, request.command, request.arguments))
+            changes.put_job(request.volume.name, JobRecord(request.id, request.command, request.arguments))
 
     async def stop(self) -> None:
         """The server ends: stop all jobs; those that persist go on after a restart. No thread of a job is left."""

@@ -65,39 +65,40 @@ class _File:
 
 
 class Changes:
-    """A transaction's own copy of the records; see :meth:`State.transaction`. Disks go by their key."""
+    """A transaction's own copy of the records; see :meth:`State.transaction`. Disks go by their volumes' names."""
 
-    def __init__(self, disks: Mapping[str, DiskRecord]) -> None:
+    def __init__(self, disks: Mapping[str, DiskRecord], keys: Mapping[str, str]) -> None:
         self.disks = dict(disks)
+        self._keys = keys
 
-    def set_top(self, key: str, path: str, format: str) -> None:
+    def set_top(self, name: str, path: str, format: str) -> None:
         """The image at ``path`` is the disk's top from now on, and no longer a pending overlay."""
         path = os.path.realpath(path)
-        top = None if path == key else TopRecord(path, format)
-        self._update(key, top=top, pending=[other for other in self._disk(key).pending if other != path])
+        top = None if path == self._keys[name] else TopRecord(path, format)
+        self._update(name, top=top, pending=[other for other in self._disk(name).pending if other != path])
 
-    def add_pending(self, key: str, path: str) -> None:
+    def add_pending(self, name: str, path: str) -> None:
         """An overlay is about to be made at ``path``."""
-        self._update(key, pending=[*self._disk(key).pending, os.path.realpath(path)])
+        self._update(name, pending=[*self._disk(name).pending, os.path.realpath(path)])
 
-    def remove_pending(self, key: str, path: str) -> None:
+    def remove_pending(self, name: str, path: str) -> None:
         """The overlay at ``path`` has been removed again, or belongs to somebody else."""
         path = os.path.realpath(path)
-        self._update(key, pending=[other for other in self._disk(key).pending if other != path])
+        self._update(name, pending=[other for other in self._disk(name).pending if other != path])
 
-    def put_job(self, key: str, job: JobRecord) -> None:
+    def put_job(self, name: str, job: JobRecord) -> None:
         """Remember ``job``, in the place of the one with its id."""
-        self._update(key, jobs=[*(other for other in self._disk(key).jobs if other.id != job.id), job])
+        self._update(name, jobs=[*(other for other in self._disk(name).jobs if other.id != job.id), job])
 
-    def remove_job(self, key: str, job_id: str) -> None:
+    def remove_job(self, name: str, job_id: str) -> None:
         """The job has ended."""
-        self._update(key, jobs=[other for other in self._disk(key).jobs if other.id != job_id])
+        self._update(name, jobs=[other for other in self._disk(name).jobs if other.id != job_id])
 
-    def _disk(self, key: str) -> DiskRecord:
-        return self.disks.get(key, DiskRecord())
+    def _disk(self, name: str) -> DiskRecord:
+        return self.disks.get(self._keys[name], DiskRecord())
 
-    def _update(self, key: str, **changes: Any) -> None:
-        self.disks[key] = replace(self._disk(key), **changes)
+    def _update(self, name: str, **changes: Any) -> None:
+        self.disks[self._keys[name]] = replace(self._disk(name), **changes)
 
 
 class State:
@@ -113,12 +114,18 @@ class State:
         self.path = path
         self._lock = threading.Lock()
         self._disks: dict[str, DiskRecord] = {}
+        self._keys: dict[str, str] = {}
         if path is not None and os.path.lexists(path):
             self._disks = _read(path)
 
-    def disk(self, key: str) -> DiskRecord:
-        """What is known about the disk; see :func:`disk_key`."""
-        return self._disks.get(key, DiskRecord())
+    def name_disk(self, name: str, image: str) -> DiskRecord:
+        """Let ``name`` be the disk for which the command line names ``image``; return what is known about it."""
+        self._keys[name] = os.path.realpath(image)
+        return self.disk(name)
+
+    def disk(self, name: str) -> DiskRecord:
+        """What is known about the disk."""
+        return self._disks.get(self._keys[name], DiskRecord())
 
     @contextmanager
     def transaction(self) -> Iterator[Changes]:
@@ -130,18 +137,13 @@ class State:
             OSError: the file cannot be replaced; the records are as before.
         """
         with self._lock:
-            changes = Changes(self._disks)
+            changes = Changes(self._disks, self._keys)
             yield changes
             disks = {key: disk for key, disk in changes.disks.items() if disk != DiskRecord()}
             if disks != self._disks:
                 if self.path is not None:
                     _write(self.path, disks)
                 self._disks = disks
-
-
-def disk_key(image: str) -> str:
-    """How a disk is called in the state file, by the image that the command line names."""
-    return os.path.realpath(image)
 
 
 def _read(path: str) -> dict[str, DiskRecord]:

@@ -1,0 +1,257 @@
+"""The admin socket: clients are let in, their commands executed one after the other, events told to all of them.
+
+A client is a guest of the loop that serves disks. So it is bounded in everything: requests in size and number, what it
+does not read (then it is cut off, and nobody else notices), and its number (R-43). Who may come in is decided by the
+file mode of the socket, and again by the kernel's word on who is there (R-40).
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from nbdq.admin import wire
+from nbdq.admin.arguments import parse
+from nbdq.admin.context import Context, Peer
+from nbdq.admin.jobs import NotActive
+from nbdq.admin.registry import COMMANDS
+from nbdq.errors import NbdqError, NotFound, printable
+from nbdq.server.listener import Listener
+
+_log = logging.getLogger(__name__)
+
+CLIENTS_MAX = 64
+#: Requests that a client may make in a second; more have to wait.
+_RATE = 100
+#: Bytes that may wait for a client which does not read.
+_BACKLOG_MAX = 4 << 20
+_RECEIVE = 64 << 10
+#: How long a client that is to go may take to read the rest.
+_GOODBYE_SECONDS = 1.0
+_CREDENTIALS = struct.Struct("iII")
+_SO_PEERGROUPS = 59
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use the socket, besides root and the user that the server runs as."""
+
+    users: Collection[int] = ()
+    groups: Collection[int] = ()
+
+    def admits(self, peer: Peer, groups: Collection[int]) -> bool:
+        """Whether ``peer``, a member of ``groups`` besides its own, may come in."""
+        if peer.user in (0, os.geteuid(), *self.users):
+            return True
+        return not {peer.group, *groups}.isdisjoint(self.groups)
+
+
+class Monitor:
+    """Serves the admin socket. Owns the listener. Loop thread only."""
+
+    def __init__(
+        self, listener: Listener, context: Callable[[Peer], Context], access: Access, *, own_user: int
+    ) -> None:
+        """``context`` makes what the commands of a peer get."""
+        self._listener = listener
+        self._context = context
+        self._access = access
+        self._clients: set[_Client] = set()
+
+    def start(self) -> None:
+        """Let clients in."""
+        self._loop = asyncio.get_running_loop()
+        self._listener.start(self._loop, self._accept)
+
+    def emit(self, event: str, data: dict[str, Any]) -> None:
+        """Tell every client that is past its negotiation."""
+        if self._clients:
+            line = wire.event(event, data)
+            for client in list(self._clients):
+                client.tell(line)
+
+    async def stop(self) -> None:
+        """Let nobody in, carry out what has begun, and say good-bye. On return no command is in progress."""
+        self._listener.close()
+        await asyncio.gather(*(client.stop() for client in list(self._clients)))
+
+    def _accept(self, sock: socket.socket, name: str) -> bool:
+        try:
+            peer, groups = _credentials(sock)
+        except OSError:  # it has gone already
+            sock.close()
+            return True
+        if not self._access.admits(peer, groups):
+            _log.warning("admin: %s was refused: neither root, nor our own user, nor on the list", peer)
+            sock.close()
+        elif len(self._clients) >= CLIENTS_MAX:
+            _log.warning("admin: %s was refused: there are %d clients", peer, CLIENTS_MAX)
+            sock.close()
+        else:
+            client = _Client(sock, self._context(peer), self._clients.discard)
+            self._clients.add(client)
+            client.start(self._loop)
+        return True
+
+
+def _credentials(sock: socket.socket) -> tuple[Peer, list[int]]:
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    peer = Peer(*_CREDENTIALS.unpack(raw))
+    groups = b""
+    with suppress(OSError):  # kernels before 4.13
+        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+    return peer, [group for (group,) in struct.iter_unpack("I", groups[: len(groups) & ~3])]
+
+
+class _Client:
+    """One connection."""
+
+    def __init__(self, sock: socket.socket, context: Context, on_close: Callable[["_Client"], None]) -> None:
+        self._socket = sock
+        self._context = context
+        self._on_close = on_close
+        self._negotiated = False
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._writable = asyncio.Event()
+        self._receiving: asyncio.Future[bytes] | None = None
+        self._leaving = False
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Serve it from now on."""
+        self._loop = loop
+        self._writer = loop.create_task(self._write())
+        self._reader = loop.create_task(self._read())
+
+    def tell(self, event: bytes) -> None:
+        """Send an event, if it wants any."""
+        if self._negotiated:
+            self._send(event)
+
+    async def stop(self) -> None:
+        """Finish the command in hand, send what is waiting for as long as it is being read, and close."""
+        self._leave()
+        await asyncio.wait([self._reader])
+
+    def _leave(self) -> None:
+        self._leaving = True
+        if self._receiving is not None:
+            self._receiving.cancel()
+
+    async def _read(self) -> None:
+        parser = wire.Parser()
+        allowance, before = float(_RATE), monotonic()
+        self._send(wire.greeting())
+        try:
+            while not self._leaving and (data := await self._receive()):
+                for request in parser.feed(data):
+                    allowance, before = min(_RATE, allowance + (monotonic() - before) * _RATE), monotonic()
+                    if allowance < 1:
+                        await asyncio.sleep((1 - allowance) / _RATE)
+                    allowance -= 1
+                    if self._leaving:
+                        break
+                    self._send(await self._answer(request))
+        except wire.TooLarge as error:
+            self._send(wire.error(wire.GENERIC_ERROR, str(error), {}))
+            _log.warning("admin: %s: %s", self._context.peer, error)
+        except OSError:
+            pass  # it has gone
+        finally:
+            await self._close()
+
+    async def _receive(self) -> bytes:
+        """What came next; empty at the end."""
+        self._receiving = asyncio.ensure_future(self._loop.sock_recv(self._socket, _RECEIVE))
+        try:
+            return await self._receiving
+        except asyncio.CancelledError:
+            if not self._leaving:
+                raise
+            return b""
+        finally:
+            self._receiving = None
+
+    async def _answer(self, request: wire.Request | wire.BadRequest) -> bytes:
+        if isinstance(request, wire.BadRequest):
+            return wire.error(wire.GENERIC_ERROR, request.text, request.tag)
+        command = COMMANDS.get(request.command)
+        if command is None:
+            text = f"The command {printable(request.command)} has not been found"
+            return wire.error(wire.COMMAND_NOT_FOUND, text, request.tag)
+        negotiates = request.command == "qmp_capabilities"
+        if negotiates is self._negotiated:
+            text = (
+                "Capabilities negotiation is already complete, command ignored"
+                if negotiates
+                else "Expecting capabilities negotiation with 'qmp_capabilities'"
+            )
+            return wire.error(wire.COMMAND_NOT_FOUND, text, request.tag)
+        peer = self._context.peer
+        try:
+            arguments = parse(command.arguments, request.arguments)
+            if command.changes:
+                _log.info("admin: %s: %s %s", peer, command.name, printable(str(request.arguments), 1000))
+            value = await command.run(self._context, arguments)
+        except NotActive as error:
+            return wire.error(wire.DEVICE_NOT_ACTIVE, str(error), request.tag)
+        except NotFound as error:
+            return wire.error(wire.DEVICE_NOT_FOUND, str(error), request.tag)
+        except (NbdqError, OSError) as error:
+            if command.changes:
+                _log.info("admin: %s: %s failed: %s", peer, command.name, describe(error))
+            return wire.error(wire.GENERIC_ERROR, describe(error), request.tag)
+        except Exception:
+            _log.exception("admin: %s: %s failed", peer, command.name)
+            return wire.error(wire.GENERIC_ERROR, "internal error; the server's log says more", request.tag)
+        self._negotiated = self._negotiated or negotiates
+        return wire.answer(value, request.tag)
+
+    def _send(self, line: bytes) -> None:
+        if self._waiting_bytes > _BACKLOG_MAX:
+            if not self._leaving:
+                _log.warning("admin: %s does not read what it is sent; cut off", self._context.peer)
+                self._leave()
+                self._writer.cancel()
+            return
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        self._writable.set()
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._writable.wait()
+                while self._waiting:
+                    line = self._waiting.popleft()
+                    await self._loop.sock_sendall(self._socket, line)
+                    self._waiting_bytes -= len(line)
+                self._writable.clear()
+                if self._leaving:
+                    return
+        except OSError:
+            self._leave()  # it has gone
+
+    async def _close(self) -> None:
+        """Send what is waiting, within bounds, and close the socket."""
+        self._leaving = True
+        self._on_close(self)
+        self._writable.set()
+        await asyncio.wait([self._writer], timeout=_GOODBYE_SECONDS)
+        self._writer.cancel()
+        await asyncio.wait([self._writer])
+        self._socket.close()
+
+
+def describe(error: Exception) -> str:
+    """What an administrator is told."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{printable(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
