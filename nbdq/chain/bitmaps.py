@@ -1,40 +1,127 @@
-"""Finding the dirty bitmaps that an export shows, in whichever layer of the chain they are."""
+"""The dirty bitmaps of a disk: those of the top, which are live, and those of layers below, as their files have them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from nbdq.block import BlockDevice
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.overlay import OverlayDisk
-from nbdq.errors import ExportError, printable
-from nbdq.qcow2.bitmaps.bits import DirtyBits
+from nbdq.errors import ExportError, NotFound, OperationError, printable
+from nbdq.qcow2.bitmaps.bits import AllDirty, DirtyBits
+from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
 from nbdq.qcow2.bitmaps.tables import load_bits
-from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
+from nbdq.qcow2.bitmaps.tracking import BitmapState, DirtyBitmaps
 from nbdq.qcow2.image import Qcow2Image
+from nbdq.qcow2.writing.writable import WritableImage
 
 
-def find_bitmaps(disk: BlockDevice, names: Iterable[str]) -> dict[str, DirtyBits]:
-    """The bits of each bitmap of ``names``, from the topmost layer that has one of that name, as ``qemu-nbd -B`` finds
-    it.
+def bitmaps_of(image: WritableImage) -> DirtyBitmaps:
+    """The bitmaps of an image that is being written to; from the first call on, each write marks them.
 
-    Those of a layer that is being written to are live: they change with every write.
+    Requests that began before a change of them are waited for with :meth:`WritableImage.barrier`.
+    """
+    with image.lock:
+        if image.bitmaps is None:
+            bitmaps = DirtyBitmaps(image.path, image.header)
+            bitmaps.begin_writing(image.storage, image.header)  # nothing is in the file, so nothing is written
+            image.bitmaps = bitmaps
+        assert isinstance(image.bitmaps, DirtyBitmaps)
+        return image.bitmaps
+
+
+def carry_over_bitmaps(before: BlockDevice, after: BlockDevice) -> None:
+    """Let ``after``, the same image opened anew, go on with the bits of ``before``, which has been finished.
+
+    Nobody has written to the image in between, and no request is in progress.
+    """
+    if isinstance(before, OverlayDisk) and isinstance(after, OverlayDisk):
+        if isinstance(before.top.bitmaps, DirtyBitmaps):
+            bitmaps_of(after.top).adopt(before.top.bitmaps)
+
+
+def find_bitmaps(
+    disk: BlockDevice, names: Iterable[str], *, on_event: Callable[[str], None] | None = None
+) -> dict[str, DirtyBits | AllDirty]:
+    """What an export shows as each bitmap of ``names``: of the topmost layer that has one, as ``qemu-nbd -B`` does.
+
+    Those of a layer that is being written to are live: they change with every write. With ``on_event``, which is told
+    so, a bitmap that is inconsistent is shown as if everything were dirty, so that a backup copies too much and not too
+    little (F2).
 
     Raises:
-        ExportError: there is no bitmap of a name, or the first one is inconsistent.
+        ExportError: there is no bitmap of a name, or it is inconsistent and there is nobody to be told.
         ImageError: a bitmap cannot be believed.
         OSError: a layer cannot be read.
     """
-    return {name: _find(disk, name) for name in names}
+    found: dict[str, DirtyBits | AllDirty] = {}
+    for name in names:
+        try:
+            bits = _find(disk, name)
+        except ExportError as error:
+            if on_event is None:
+                raise
+            on_event(f"{error}; until then all is shown as dirty")
+            found[name] = AllDirty()
+            continue
+        if bits is None:
+            raise ExportError(
+                f"Bitmap '{printable(name)}' is not found in the image or its backing files; nbdq info lists them"
+            )
+        found[name] = bits
+    return found
 
 
-def _find(disk: BlockDevice, name: str) -> DirtyBits:
-    below: BlockDevice | None = disk
-    if isinstance(disk, OverlayDisk):
-        below = disk.below
-        if isinstance(disk.top.bitmaps, DirtyBitmaps) and (bits := disk.top.bitmaps.find(name)) is not None:
-            return bits
+def find_source(disk: BlockDevice, name: str) -> DirtyBits:
+    """The bits of a bitmap that is to be merged into another one, of whichever layer.
+
+    Raises:
+        NotFound: there is no such bitmap.
+        OperationError: it is inconsistent.
+        ImageError, OSError: as :func:`find_bitmaps`.
+    """
+    try:
+        bits = _find(disk, name)
+    except ExportError as error:
+        raise OperationError(str(error)) from None
+    if bits is None:
+        raise NotFound(f"Dirty bitmap '{printable(name)}' not found")
+    return bits
+
+
+def list_bitmaps(layer: Qcow2Image | WritableImage) -> Iterator[BitmapState]:
+    """The bitmaps of one layer. Those that nobody writes to are read for it.
+
+    Raises:
+        ImageError: a bitmap cannot be believed.
+        OSError: the layer cannot be read.
+    """
+    if isinstance(layer, WritableImage):
+        if isinstance(layer.bitmaps, DirtyBitmaps):
+            yield from layer.bitmaps
+        return
+    for entry in iterate_bitmaps(layer.storage, layer.header):
+        bits = None if entry.is_inconsistent else load_bits(layer.storage, layer.header, entry.name)
+        yield BitmapState(
+            entry.name,
+            entry.granularity,
+            bits.dirty_length if bits is not None else 0,
+            is_recording=False,  # nobody writes here
+            is_persistent=True,
+            is_inconsistent=entry.is_inconsistent,
+        )
+
+
+def live_bitmap(disk: BlockDevice, name: str) -> DirtyBits | None:
+    """The bits of a bitmap of the image that is being written to; None if it has none of that name."""
+    if isinstance(disk, OverlayDisk) and isinstance(disk.top.bitmaps, DirtyBitmaps):
+        return disk.top.bitmaps.find(name)
+    return None
+
+
+def _find(disk: BlockDevice, name: str) -> DirtyBits | None:
+    if (bits := live_bitmap(disk, name)) is not None:
+        return bits
+    below: BlockDevice | None = disk.below if isinstance(disk, OverlayDisk) else disk
     for layer in below.layers if isinstance(below, ChainDisk) else ():
         if isinstance(layer, Qcow2Image) and (bits := load_bits(layer.storage, layer.header, name)) is not None:
             return bits
-    raise ExportError(
-        f"Bitmap '{printable(name)}' is not found in the image or its backing files; nbdq info lists them"
-    )
+    return None

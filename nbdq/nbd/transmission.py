@@ -11,6 +11,7 @@ every other fault of a request is a :class:`Refusal`, which is a reply (P141).
 import errno as system_errno
 import struct
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
 from nbdq.errors import ProtocolError
@@ -294,6 +295,10 @@ class Transmission:
         if length == 0 and command == _BLOCK_STATUS:
             return Refusal(Errno.EINVAL, "a range of 0 bytes has no status")
         return None
+
+    def resize(self, size: int) -> None:
+        """Hold the requests that follow to another size of the export, of which the protocol tells nobody."""
+        self.negotiated = replace(self.negotiated, export=replace(self.negotiated.export, size=size))
 
     def error_reply(self, cookie: int, errno: Errno, text: str) -> bytes:
         """The whole answer to a request that failed; the text goes along if the client can take it (P102)."""

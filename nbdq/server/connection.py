@@ -66,7 +66,12 @@ class Connection:
 
     def abort(self) -> None:
         """Close at once."""
-        self._close("server shuts down; drain time is over")
+        self._close("cut: the time to end in peace is over")
+
+    def resize(self, size: int) -> None:
+        """The export has another size from now on."""
+        if self._session is not None:
+            self._session.resize(size)
 
     def _on_readable(self) -> None:
         # uvloop tells of a broken connection only once, perhaps together with its last bytes; if these need no answer,
@@ -123,8 +128,11 @@ class Connection:
         self._deadline.cancel()
         self._on_negotiated(self)
         self._resources.loop.remove_reader(self._socket.fileno())
-        export = self._exports.by_name[negotiated.export.name]
-        export.connection_count += 1
+        export = self._exports.chosen(negotiated)
+        if export is None:
+            self._close("the export is gone, full or another one since the client asked for it")
+            return
+        self._exports.enter(export, self)
         self._export = export
         _log.info("%s: export %r, contexts %s", self._peer, export.info.name, [name for _, name in negotiated.contexts])
         self._session = Session(
@@ -170,7 +178,7 @@ class Connection:
         self._closed = True
         self._deadline.cancel()
         if self._export is not None:
-            self._export.connection_count -= 1
+            self._exports.leave(self._export, self)
         if self._session is not None:
             self._session.abandon()
         self._resources.loop.remove_reader(self._socket.fileno())

@@ -1,14 +1,19 @@
 """Exports: named disks, as clients see them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, TransmissionFlag
-from nbdq.nbd.handshake import ExportInfo
+from nbdq.nbd.handshake import ExportInfo, Negotiated
 from nbdq.server.contexts import DirtyBitmap
+from nbdq.server.counters import Counters
+from nbdq.server.gate import Gate
+from nbdq.server.limits import CUT_SECONDS
+from nbdq.server.pause import Pause
 from nbdq.server.writing import DetectZeroes, Writing
 
 #: One process serves every connection from one device object, which keeps nothing for any of them: a flush covers what
@@ -27,11 +32,28 @@ _WRITABLE_FLAGS = (
 )
 
 
-@dataclass
+class Client(Protocol):
+    """A connection in the transmission phase, as its export sees it."""
+
+    def shut_down(self) -> None:
+        """End when everything accepted is answered."""
+        ...
+
+    def abort(self) -> None:
+        """End at once."""
+        ...
+
+    def resize(self, size: int) -> None:
+        """The export has another size from now on."""
+        ...
+
+
+@dataclass(eq=False)
 class Export:
-    """A disk under a name. The device stays the creator's."""
+    """A disk under a name. The device stays the creator's. Loop thread only."""
 
     info: ExportInfo
+    """What new clients are told."""
     device: BlockDevice
     maximum_connections: int = 0
     """0: no limit of its own."""
@@ -39,34 +61,28 @@ class Export:
     """None for a read-only export."""
     bitmaps: Mapping[str, DirtyBitmap] = field(default_factory=dict)
     """Those that clients may ask for, by name (P48)."""
-    connection_count: int = 0
+    id: str = ""
+    """What the operator calls it; the name, unless he says otherwise."""
+    gate: Gate = field(default_factory=Gate)
+    """That of the disk, which exports may share."""
+    counters: Counters = field(default_factory=Counters)
+    clients: set[Client] = field(default_factory=set)
+    on_gone: Callable[[], None] = lambda: None
+    """Called when nobody can come in any more, and nobody is left."""
+
+    def __post_init__(self) -> None:
+        self.id = self.id or self.info.name
+        self._pause = Pause(self.gate.reconsider)
 
     @classmethod
-    def read_only(
+    def make(
         cls,
         name: str,
         device: BlockDevice,
         *,
-        description: str = "",
-        allocation_depth: bool = False,
-        bitmaps: Mapping[str, DirtyBitmap] | None = None,
-        maximum_connections: int = 0,
-    ) -> "Export":
-        """An export that refuses every write; ``allocation_depth`` and ``bitmaps`` are offered as metadata contexts.
-
-        Raises:
-            ExportError: name or description is not fit for the protocol (P2).
-        """
-        contexts = _contexts(bitmaps or (), allocation_depth=allocation_depth)
-        info = ExportInfo(name, device.size, _READ_ONLY_FLAGS, description=description, contexts=contexts)
-        return cls(info, device, maximum_connections, bitmaps=bitmaps or {})
-
-    @classmethod
-    def writable(
-        cls,
-        name: str,
-        device: WritableBlockDevice,
-        *,
+        writable: bool = False,
+        id: str = "",
+        gate: Gate | None = None,
         description: str = "",
         allocation_depth: bool = False,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
@@ -74,22 +90,85 @@ class Export:
         discard: bool = True,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> "Export":
-        """An export that clients may change. Without ``discard`` they cannot make it give up space.
+        """An export of ``device``, which has to be a :class:`~nbdq.block.WritableBlockDevice` if it is ``writable``.
 
-        Nothing is flushed when clients leave; that is their duty (R-72), and the creator's before the device is closed.
+        ``allocation_depth`` and ``bitmaps`` are offered as metadata contexts. Without ``discard`` clients cannot make
+        it give up space. Nothing is flushed when clients leave; that is their duty (R-72), and the creator's before
+        the device is closed.
 
         Raises:
             ExportError: name or description is not fit for the protocol (P2).
         """
-        contexts = _contexts(bitmaps or (), allocation_depth=allocation_depth)
-        info = ExportInfo(name, device.size, _WRITABLE_FLAGS, description=description, contexts=contexts)
-        writing = Writing(device, discard=discard, detect_zeroes=detect_zeroes)
-        return cls(info, device, maximum_connections, writing, bitmaps or {})
+        bitmaps = {} if bitmaps is None else bitmaps
+        flags = _WRITABLE_FLAGS if writable else _READ_ONLY_FLAGS
+        contexts = _contexts(bitmaps, allocation_depth=allocation_depth)
+        info = ExportInfo(name, device.size, flags, description=description, contexts=contexts)
+        writing = None
+        if writable:
+            writing = Writing(cast(WritableBlockDevice, device), discard=discard, detect_zeroes=detect_zeroes)
+        return cls(info, device, maximum_connections, writing, bitmaps, id, gate or Gate())
+
+    @classmethod
+    def read_only(cls, name: str, device: BlockDevice, **options: Any) -> "Export":
+        """:meth:`make` an export that refuses every write."""
+        return cls.make(name, device, **options)
+
+    @classmethod
+    def writable(cls, name: str, device: WritableBlockDevice, **options: Any) -> "Export":
+        """:meth:`make` an export that clients may change."""
+        return cls.make(name, device, writable=True, **options)
+
+    @property
+    def connection_count(self) -> int:
+        return len(self.clients)
 
     @property
     def is_full(self) -> bool:
         """Whether no further client may come in."""
         return bool(self.maximum_connections) and self.connection_count >= self.maximum_connections
+
+    @property
+    def is_held(self) -> bool:
+        """Whether sessions must not begin anything."""
+        return self._pause.is_on or self.gate.is_closed
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether :meth:`pause` holds clients back."""
+        return self._pause.is_on
+
+    async def pause(self, seconds: float | None, on_expired: Callable[[], None] = lambda: None) -> None:
+        """Hold its clients back, for at most so long; on return nothing that they began is in progress."""
+        self._pause.begin(seconds, on_expired)
+        await self.gate.wait_until_quiet(self)
+
+    def resume(self) -> None:
+        """Serve again."""
+        self._pause.end()
+
+    def cut(self) -> None:
+        """Have all clients leave, as soon as what they have sent is answered; who takes too long is cut."""
+        self.resume()
+        for client in list(self.clients):
+            client.shut_down()
+        asyncio.get_running_loop().call_later(CUT_SECONDS, self._cut_all)
+
+    def _cut_all(self) -> None:
+        for client in list(self.clients):
+            client.abort()
+
+    def adopt(self, device: BlockDevice) -> None:
+        """Show ``device`` from now on, at its size, to all clients; the gate is closed, or the device the same."""
+        self.device = device
+        if self.writing is not None:
+            self.writing.adopt(cast(WritableBlockDevice, device))
+        self.info = replace(self.info, size=device.size)
+        for client in self.clients:
+            client.resize(device.size)
+
+    def close_to_writers(self, *, read_only: bool) -> None:
+        """Whether new clients may only read; those that are there go on as they were told."""
+        self.info = replace(self.info, flags=_READ_ONLY_FLAGS if read_only or self.writing is None else _WRITABLE_FLAGS)
 
 
 def _contexts(bitmaps: Iterable[str], *, allocation_depth: bool) -> tuple[str, ...]:
@@ -98,19 +177,54 @@ def _contexts(bitmaps: Iterable[str], *, allocation_depth: bool) -> tuple[str, .
 
 
 class Exports:
-    """The exports of a server: the directory that a handshake looks things up in."""
+    """The exports of a server: the directory that a handshake looks things up in. Loop thread only."""
 
-    def __init__(self, exports: Sequence[Export]) -> None:
-        """Names must differ.
+    def __init__(self, exports: Iterable[Export] = ()) -> None:
+        """Names and ids must differ.
 
         Raises:
-            ExportError: two exports have one name.
+            ExportError: they do not.
         """
-        self.by_name = {export.info.name: export for export in exports}
-        if len(self.by_name) != len(exports):
-            names = sorted(export.info.name for export in exports)
-            twice = next(a for a, b in pairwise(names) if a == b)
-            raise ExportError(f"two exports are named {printable(twice)!r}; give each its own with --export-name")
+        self.by_name: dict[str, Export] = {}
+        """Those that clients may choose, in the operator's order."""
+        self.by_id: dict[str, Export] = {}
+        """Those and the ones that are only left to their last clients."""
+        self.on_deleted: Callable[[Export], None] = lambda export: None
+        """Told of every export that is gone: nobody can come in, and nobody is left."""
+        for export in exports:
+            self.add(export)
+
+    def add(self, export: Export) -> None:
+        """Offer ``export`` from now on.
+
+        Raises:
+            ExportError: name or id is taken.
+        """
+        if export.info.name in self.by_name:
+            text = f"two exports are named {printable(export.info.name)!r}; give each its own with --export-name"
+            raise ExportError(text)
+        if export.id in self.by_id:
+            raise ExportError(f"Block export id '{printable(export.id)}' is already in use")
+        self.by_name[export.info.name] = self.by_id[export.id] = export
+
+    def delete(self, export: Export) -> None:
+        """Let nobody in any more; the export is gone when the last client has left."""
+        if self.by_name.get(export.info.name) is export:
+            del self.by_name[export.info.name]
+        if not export.clients and self.by_id.get(export.id) is export:
+            del self.by_id[export.id]
+            export.on_gone()
+            self.on_deleted(export)
+
+    def enter(self, export: Export, client: Client) -> None:
+        """``client`` uses ``export`` from now on."""
+        export.clients.add(client)
+
+    def leave(self, export: Export, client: Client) -> None:
+        """``client`` is gone."""
+        export.clients.discard(client)
+        if self.by_name.get(export.info.name) is not export:
+            self.delete(export)
 
     def list(self) -> Sequence[ExportInfo]:
         """Everything on offer, in the operator's order."""
@@ -120,3 +234,10 @@ class Exports:
         """The export of exactly that name (P31), unless it is full."""
         export = self.by_name.get(name)
         return None if export is None or export.is_full else export.info
+
+    def chosen(self, negotiated: Negotiated) -> Export | None:
+        """The export that a handshake has led to; None if it is not any more what the client was told."""
+        export = self.by_name.get(negotiated.export.name)
+        if export is None or export.info != negotiated.export or export.is_full:
+            return None
+        return export

@@ -12,6 +12,8 @@ SENDFILE_LENGTH = 32 << 10
 INLINE_WRITE_LENGTH = 256 << 10
 #: Memory for replies and payloads that a connection gets even when the process has none left.
 GUARANTEED_BYTES = 256 << 10
+#: How long clients of an export that is deleted may take to get their last answers.
+CUT_SECONDS = 10.0
 #: Extents in one block status reply (P117 allows 2^20; clients cap lower).
 STATUS_EXTENTS = 64 << 10
 

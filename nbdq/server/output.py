@@ -1,11 +1,11 @@
-"""What waits to be sent on one socket: buffers and pieces of files, in order, never copied.
+"""What waits to be sent on one socket: buffers and pieces of files, in order, not copied unless the files must go.
 
 Knows the socket. Must not know NBD or disks.
 """
 
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from nbdq.block import FilePiece, Piece
@@ -36,6 +36,24 @@ class Output:
     def clear(self) -> None:
         """Forget what waits."""
         self._pieces.clear()
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that wait in files."""
+        return sum(piece.length for piece in self._pieces if isinstance(piece, FilePiece))
+
+    def copy(self) -> list[memoryview]:
+        """All that waits, with pieces of files read into memory; for any thread while nothing is sent.
+
+        Raises:
+            OSError: a file cannot be read, or became shorter (P101).
+        """
+        return [_in_memory(piece) if isinstance(piece, FilePiece) else piece for piece in list(self._pieces)]
+
+    def replace(self, copies: Sequence[memoryview]) -> None:
+        """Let ``copies`` take the place of what they are copies of, unless it was given up meanwhile."""
+        for index in range(min(len(copies), len(self._pieces))):
+            self._pieces[index] = copies[index]
 
     def flush(self) -> bool:
         """Send what the socket takes now; True when nothing waits any more.
@@ -79,3 +97,10 @@ class Output:
                 return
             count -= len(buffer)
             self._pieces.popleft()
+
+
+def _in_memory(piece: FilePiece) -> memoryview:
+    view = memoryview(bytearray(piece.length))
+    if piece.storage.read_into(piece.offset, view) < piece.length:
+        raise BrokenPipeError(f"{piece.storage.path}: file became shorter than a reply that has begun")
+    return view

@@ -45,6 +45,7 @@ class Pending:
         """On the loop thread, ``on_replies`` is called when there are :meth:`replies`, and ``on_memory`` when it is
         time to ask again for what was refused for want of memory."""
         self._writing = export.writing
+        self._counters = export.counters
         self._performer = performer
         self._resources = resources
         self._on_replies = on_replies
@@ -202,8 +203,10 @@ class Pending:
                     self._commit(request)
                     continue
                 pieces = self._performer.success(request)
-            if operation & COMMAND_MASK in CHANGES:
+            command = operation & COMMAND_MASK
+            if command in CHANGES:
                 del self.changing[request[3]]
+            self._counters.done(command, 1, request[4] if command != Command.FLUSH else 0)
             self.in_progress -= 1
             self._answered += self._performer.charge(request)
             if not self._abandoned:
@@ -215,5 +218,6 @@ class Pending:
         self._resources.budget.forget(self._on_memory)
         self.payload_done()
         self._answered += sum(self._performer.charge(request) for request, _ in self._admitted)
+        self.in_progress -= len(self._admitted)
         self._admitted = []
         self.output_is_empty()

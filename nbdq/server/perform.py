@@ -30,9 +30,7 @@ class Performer:
     """What one client asks of one export, in the form of replies that were negotiated."""
 
     def __init__(self, export: Export, transmission: Transmission) -> None:
-        self._device = export.device
-        self._bitmaps = export.bitmaps
-        self._writing = export.writing
+        self._export = export  # whose device is looked up each time, for it may be exchanged
         self._transmission = transmission
         structured = transmission.negotiated.structured
         self.pack_header = pack_data_chunk if structured else pack_simple_reply
@@ -64,7 +62,7 @@ class Performer:
             if command in CHANGES:
                 self._change(operation, offset, length, payload)
                 return None
-            self._device.prefetch(offset, length)
+            self._export.device.prefetch(offset, length)
             return self.success(request)
         except Exception as error:
             return self.failure(request, error)
@@ -81,23 +79,24 @@ class Performer:
         if length >= SENDFILE_LENGTH:
             header = bytearray(self.header_size)
             self.pack_header(header, 0, cookie, offset, length)
-            return [memoryview(header), *self._device.gather(offset, length)]
+            return [memoryview(header), *self._export.device.gather(offset, length)]
         reply = bytearray(self.header_size + length)
-        self._device.read_into(offset, memoryview(reply)[self.header_size :])
+        self._export.device.read_into(offset, memoryview(reply)[self.header_size :])
         self.pack_header(reply, 0, cookie, offset, length)
         return [memoryview(reply)]
 
     def _change(self, operation: int, offset: int, length: int, payload: memoryview | None) -> None:
-        assert self._writing is not None
+        writing = self._export.writing
+        assert writing is not None
         command, flags = operation & COMMAND_MASK, operation >> 16
         if command == Command.WRITE:
             assert payload is not None
-            self._writing.write(offset, payload)
+            writing.write(offset, payload)
         elif command == Command.WRITE_ZEROES:
             unmap = not flags & CommandFlag.NO_HOLE
-            self._writing.zero(offset, length, unmap=unmap, fast=bool(flags & CommandFlag.FAST_ZERO))
+            writing.zero(offset, length, unmap=unmap, fast=bool(flags & CommandFlag.FAST_ZERO))
         else:
-            self._writing.discard(offset, length)
+            writing.discard(offset, length)
 
     def status_or_error(self, request: RawRequest) -> bytes:
         """The reply to a valid BLOCK_STATUS, one chunk for each selected context (P117)."""
@@ -107,7 +106,9 @@ class Performer:
         reply = bytearray()
         try:
             for number, name in contexts:
-                pairs = encode_context(name, self._device, offset, length, bitmaps=self._bitmaps, limit=limit)
+                pairs = encode_context(
+                    name, self._export.device, offset, length, bitmaps=self._export.bitmaps, limit=limit
+                )
                 done = number == contexts[-1][0]
                 reply += block_status_chunk(cookie, context_id=number, payload_length=len(pairs), done=done)
                 reply += pairs
@@ -118,7 +119,9 @@ class Performer:
     def error_reply(self, request: RawRequest, error: Exception) -> bytes:
         """What a client is told of a failure; the log gets what it must not see, such as paths (P121)."""
         _, operation, cookie, offset, length = request
-        name = Command(operation & COMMAND_MASK).name
+        command = operation & COMMAND_MASK
+        self._export.counters.failed(command, length if command != Command.FLUSH else 0)
+        name = Command(command).name
         if isinstance(error, OSError):
             number = wire_errno(error, fast_zero=bool(operation >> 16 & CommandFlag.FAST_ZERO))
             if number is not Errno.ENOTSUP:  # which is what a FAST_ZERO wants to know

@@ -82,6 +82,9 @@ class Server:
         """
         for listener in self._listeners:
             listener.close()
+        for export in self._exports.by_id.values():
+            export.gate.pause.end()
+            export.resume()  # what clients have sent is answered, although they were to be held back for longer
         for connection in list(self._connections):
             connection.shut_down()
         try:

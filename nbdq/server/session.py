@@ -6,6 +6,9 @@ pool. Requests wait in the backlog while replies wait in the output: a client th
 
 Small writes are carried out from the receive buffer, which all sessions share: so before a session returns to the loop
 it has served what it received, or copied it.
+
+While the gate of the disk is closed, or the export paused, a session is *held*: it begins nothing and reads nothing,
+and only sends what it has. The device is asked for anew in each batch, because it may be another one afterwards.
 """
 
 import asyncio
@@ -19,7 +22,7 @@ from time import monotonic
 import numpy as np
 
 from nbdq.errors import ProtocolError
-from nbdq.nbd.constants import Command
+from nbdq.nbd.constants import Command, TransmissionFlag
 from nbdq.nbd.transmission import RawRequest, Transmission
 from nbdq.server.export import Export
 from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
@@ -28,6 +31,7 @@ from nbdq.server.pace import BATCH_SECONDS
 from nbdq.server.pending import Pending
 from nbdq.server.perform import COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
+from nbdq.server.threads import in_thread
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ _BATCH_LENGTH = 2 << 20
 _BATCHES_PER_TURN = 8
 #: … and bytes of a payload, however fast it sends.
 _PAYLOAD_PER_TURN = 4 << 20
+#: How long a drained disk waits for a client to take replies for whose copy there is no memory, and how often it looks.
+_DETACH_SECONDS, _DETACH_INTERVAL = 2.0, 0.01
 
 
 class Session:
@@ -55,8 +61,8 @@ class Session:
         :meth:`abandon` came first."""
         self._socket = sock
         self._transmission = transmission
-        self._device = export.device
-        self._writing_side = export.writing
+        self.export = export
+        self._may_write = TransmissionFlag.READ_ONLY not in transmission.negotiated.flags
         self._resources = resources
         self._on_end = on_end
         self._performer = Performer(export, transmission)
@@ -79,6 +85,8 @@ class Session:
         self._payload_stall: asyncio.TimerHandle | None = None
         self._payload_count = 0
         self._due = False  # the loop will call _take_turn
+        self._held = False  # nothing is begun
+        self._frozen = False  # the output is being copied, and must not change
 
     @property
     def in_progress(self) -> int:
@@ -87,6 +95,8 @@ class Session:
 
     def start(self, leftover: bytes) -> None:
         """Begin to serve, first the requests that arrived together with the last option."""
+        self.export.gate.enter(self)
+        self._held = self.export.is_held
         self._resume_reading()
         if leftover:
             self._transmission.buffer()[: len(leftover)] = leftover  # less than one receive of the handshake
@@ -104,9 +114,7 @@ class Session:
             return
         self._ended = True
         self._pause_reading()
-        if self._sending:
-            self._sending = False
-            self._resources.loop.remove_writer(self._socket.fileno())
+        self._watch_room(wanted=False)
         self._watch_stall(waiting=False)
         if self._payload_stall is not None:
             self._payload_stall.cancel()
@@ -114,6 +122,8 @@ class Session:
         self._output.clear()
         self._arena = None  # what the output pointed into goes with us
         self._pending.abandon()
+        if self.is_quiet:
+            self.export.gate.leave(self)
 
     def _guard(self, callback: Callable[[], None]) -> None:
         """Run a callback of the loop; a bug in it ends this connection, and leaves nothing hanging (R-10)."""
@@ -123,10 +133,54 @@ class Session:
             _log.exception("a connection ends for a bug")
             self._end("internal error")
 
+    # The gate's side.
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing that was begun touches the device."""
+        return not self._pending.in_progress
+
+    def reconsider(self) -> None:
+        """Hold requests back, or go on where we were."""
+        held = self.export.is_held
+        if held != self._held:
+            self._held = held
+            if not self._ended:
+                self._guard(self._serve)
+
+    def resize(self, size: int) -> None:
+        """The export has another size from now on; requests are held to it that have not begun."""
+        self._transmission.resize(size)
+
+    async def detach(self) -> None:
+        """Copy what waits to be sent from files into memory: the files may change, or be closed, when this returns.
+
+        A client is cut that takes nothing while there is no memory for the copy, lest many of them hold up or burst the
+        server; it may connect again.
+        """
+        deadline = self._resources.loop.time() + _DETACH_SECONDS
+        while (length := self._output.file_bytes) and not self._pending.reserve_reply(length):
+            if self._resources.loop.time() > deadline:
+                self._end("client does not read its replies, and its disk has to change")
+                return
+            await asyncio.sleep(_DETACH_INTERVAL)
+        if not length:
+            return
+        self._frozen = True
+        self._watch_room(wanted=False)
+        try:
+            self._output.replace(await in_thread(self._output.copy))
+        except OSError as error:
+            self._end(str(error))
+        finally:
+            self._frozen = False
+            if not self._ended:
+                self._guard(self._flush)
+
     # The loop's side of the socket.
 
     def _resume_reading(self) -> None:
-        if not self._reading and not self._stopping:
+        if not self._reading and not self._stopping and not self._held:
             self._reading = True
             self._resources.loop.add_reader(self._socket.fileno(), self._guard, self._on_readable)
 
@@ -178,6 +232,8 @@ class Session:
 
     def _flush(self) -> None:
         """Send what the socket takes, and watch it for the rest."""
+        if self._frozen:
+            return
         try:
             drained = self._output.flush()
         except OSError as error:
@@ -189,14 +245,19 @@ class Session:
                 self._arena = None
             self._pending.output_is_empty()
             if self._sending:
-                self._sending = False
-                self._resources.loop.remove_writer(self._socket.fileno())
+                self._watch_room(wanted=False)
                 self._watch_stall(waiting=False)
         else:
-            if not self._sending:
-                self._sending = True
-                self._resources.loop.add_writer(self._socket.fileno(), self._guard, self._on_writable)
+            self._watch_room(wanted=True)
             self._watch_stall(waiting=True)
+
+    def _watch_room(self, *, wanted: bool) -> None:
+        """Watch the socket for room, or no longer."""
+        if wanted and not self._sending:
+            self._resources.loop.add_writer(self._socket.fileno(), self._guard, self._on_writable)
+        elif self._sending and not wanted:
+            self._resources.loop.remove_writer(self._socket.fileno())
+        self._sending = wanted
 
     def _watch_stall(self, *, waiting: bool) -> None:
         """(Re)start the deadline within which a client must take something of what waits for it, or lift it."""
@@ -253,7 +314,7 @@ class Session:
     def _serve(self) -> None:
         """Answer the backlog as far as the socket and the budgets allow, and decide what to wait for next."""
         for _ in range(_BATCHES_PER_TURN):
-            if not self._backlog or self._output or self._ended or not self._serve_batch():
+            if not self._backlog or self._output or self._held or self._ended or not self._serve_batch():
                 break
         else:
             self._serve_again()
@@ -264,7 +325,7 @@ class Session:
                 if not self._pending.in_progress:
                     self._end(self._stopping)
                 return
-            if self._provide_memory():
+            if not self._held and self._provide_memory():
                 self._resume_reading()
                 return
         self._pause_reading()
@@ -276,20 +337,26 @@ class Session:
         self._arena = arena = self._resources.borrow_arena()
         view = memoryview(arena)
         queued = position = 0  # arena bytes before `queued` are in the output already
-        size = self._device.size
-        read_cached, gather_cached = self._device.read_cached, self._device.gather_cached
+        device, writing = self.export.device, self.export.writing
+        read_cached, gather_cached = device.read_cached, device.gather_cached
+        negotiated = self._transmission.negotiated.export
+        size, maximum_length = (
+            negotiated.size,
+            negotiated.maximum_block,
+        )  # a disk that grows is larger before it is ready
         performer, pending, payloads = self._performer, self._pending, self._transmission.payloads
         pack_header, header_size = performer.pack_header, performer.header_size
         pack_success, success_size = performer.pack_success, performer.success_size
-        maximum_length = self._transmission.negotiated.export.maximum_block
         begun = monotonic()
         inline = 0  # bytes that a write may have to be carried out here
-        fixed = self._writing_side is None
-        if self._writing_side is not None:
-            write_cached, changing, pace = self._writing_side.write_cached, pending.changing, self._writing_side.pace
-            inline = INLINE_WRITE_LENGTH if pace.inline_from <= begun else 0
+        fixed = writing is None
+        if writing is not None:
+            write_cached, changing, pace = writing.write_cached, pending.changing, writing.pace
+            inline = INLINE_WRITE_LENGTH if self._may_write and pace.inline_from <= begun else 0
         gathered = 0  # bytes in the output that are not in the arena
         admitted = True
+        count, payload_count = len(backlog), len(payloads)
+        slow = slow_writes = slow_replies = written = 0  # to know in the end what was done here
         while backlog and gathered < _BATCH_LENGTH:
             request = backlog[0]
             _, operation, cookie, offset, length = request
@@ -322,11 +389,15 @@ class Session:
                 if data > ARENA_SIZE:
                     break
                 try:
-                    written = not (changing and pending.overlaps(offset, length)) and write_cached(offset, payloads[0])
+                    is_written = not (changing and pending.overlaps(offset, length)) and write_cached(
+                        offset, payloads[0]
+                    )
                 except OSError as error:
                     reply = performer.error_reply(request, error)
+                    self.export.counters.done(_WRITE, 1, length)
                 else:
-                    if written:
+                    if is_written:
+                        written += length
                         pack_success(arena, position, cookie, offset, length)
                         position += success_size
                         backlog.popleft()
@@ -344,6 +415,7 @@ class Session:
                     output.append(view[queued:position])
                     queued = position
                 output.append(memoryview(reply))
+                slow_replies += len(reply)
                 gathered += len(reply)
                 if is_write and pending.payload:
                     self._payload_done()
@@ -351,13 +423,20 @@ class Session:
                 admitted = False
                 break
             backlog.popleft()
+            slow += 1
             if is_write:
+                slow_writes += 1
                 payloads.popleft()
                 if inline and monotonic() - begun > BATCH_SECONDS:  # with FUA, it may have been carried out here too
                     inline = pace.inline_was_slow(monotonic())
         if position > queued:
             output.append(view[queued:position])
         pending.submit()
+        writes = payload_count - len(payloads) - slow_writes
+        reads = count - len(backlog) - slow - writes
+        length = position - reads * header_size - writes * success_size + gathered - slow_replies
+        self.export.counters.done(_READ, reads, length)
+        self.export.counters.done(_WRITE, writes, written)
         self._flush()
         return admitted
 
@@ -365,17 +444,22 @@ class Session:
         """The reply to a request that needs no disk; None for one that has to wait."""
         _, operation, cookie, offset, length = request
         transmission = self._transmission
+        command = operation & COMMAND_MASK
+        export = self.export
         refusal = transmission.refusal(operation, offset, length)
         if refusal is not None:
+            export.counters.refused(command)
             return transmission.error_reply(cookie, refusal.errno, refusal.text)
-        command = operation & COMMAND_MASK
+        reply = None
         if command == _FLUSH:
-            return None if self._writing_side is not None else transmission.success_reply(cookie)
-        if not length:
-            return transmission.success_reply(cookie)
-        if command == Command.BLOCK_STATUS and self._device.status_cached(offset, length):
-            return self._performer.status_or_error(request)
-        return None
+            reply = transmission.success_reply(cookie) if export.writing is None else None
+        elif not length:
+            reply = transmission.success_reply(cookie)
+        elif command == Command.BLOCK_STATUS and export.device.status_cached(offset, length):
+            reply = self._performer.status_or_error(request)
+        if reply is not None:
+            export.counters.done(command, 1, length if command != _FLUSH else 0)
+        return reply
 
     def _serve_again(self) -> None:
         """Serve when the other clients have had their turn."""
@@ -393,7 +477,11 @@ class Session:
             self._output.extend(pieces)
         if self._ended:
             self._pending.output_is_empty()
+            if self.is_quiet:
+                self.export.gate.leave(self)
             return
+        if self._held and self.is_quiet:
+            self.export.gate.became_quiet()
         self._flush()
         self._serve()
 

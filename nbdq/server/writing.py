@@ -27,13 +27,25 @@ class Writing:
         self, device: WritableBlockDevice, *, discard: bool = True, detect_zeroes: DetectZeroes = DetectZeroes.OFF
     ) -> None:
         """Without ``discard`` nothing that a client does gives up space (qemu-nbd's ``--discard=ignore``)."""
-        self._device = device
-        self._discard = discard
-        self._detect_zeroes = detect_zeroes
-        self.write_cached = device.write_cached if detect_zeroes is DetectZeroes.OFF else self._write_cached
-        """As in :class:`~nbdq.block.WritableBlockDevice`. Loop thread only."""
-        self.commits = Commits(device.flush)
+        self.discards = discard
+        self.detect_zeroes = detect_zeroes
+        self.commits = Commits(lambda: self._device.flush())
         self.pace = Pace()
+        self.adopt(device)
+
+    def adopt(self, device: WritableBlockDevice) -> None:
+        """Change ``device`` from now on; no request is in progress."""
+        self._device = device
+        self._choose()
+
+    def set(self, *, discard: bool, detect_zeroes: DetectZeroes) -> None:
+        """Treat discards and zeros so from now on."""
+        self.discards, self.detect_zeroes = discard, detect_zeroes
+        self._choose()
+
+    def _choose(self) -> None:
+        self.write_cached = self._device.write_cached if self.detect_zeroes is DetectZeroes.OFF else self._write_cached
+        """As in :class:`~nbdq.block.WritableBlockDevice`. Loop thread only."""
 
     def _write_cached(self, offset: int, view: memoryview) -> bool:
         return not _is_zero(view) and self._device.write_cached(offset, view)
@@ -42,18 +54,18 @@ class Writing:
 
     def write(self, offset: int, view: memoryview) -> None:
         """Write ``view``, or zero its range if it has nothing else and the operator wants that found out."""
-        if self._detect_zeroes is not DetectZeroes.OFF and _is_zero(view):
-            self.zero(offset, len(view), unmap=self._detect_zeroes is DetectZeroes.UNMAP)
+        if self.detect_zeroes is not DetectZeroes.OFF and _is_zero(view):
+            self.zero(offset, len(view), unmap=self.detect_zeroes is DetectZeroes.UNMAP)
         else:
             self._device.write(offset, view)
 
     def zero(self, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
         """Make the range read as zeros (P96)."""
-        self._device.zero(offset, length, unmap=unmap and self._discard, fast=fast)
+        self._device.zero(offset, length, unmap=unmap and self.discards, fast=fast)
 
     def discard(self, offset: int, length: int) -> None:
         """Give up the range, or do nothing, which a TRIM permits (P95)."""
-        if self._discard:
+        if self.discards:
             self._device.discard(offset, length)
 
 
