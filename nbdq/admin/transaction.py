@@ -1,4 +1,4 @@
-"""All or nothing, over any number of disks: every change is prepared, then all disks stand still while all changes happen.
+"""All or nothing, over any number of disks: changes are prepared, then all disks stand still while all of them happen.
 
 ::
 
@@ -13,7 +13,7 @@ are drained. The record is one file, replaced as a whole: with it the transactio
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
@@ -30,10 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 class Action(Protocol):
-    """One change of one disk. Every method blocks, and is called in a thread, one at a time.
-
-    A method that raises has undone what it did.
-    """
+    """One change of one disk. Called one method at a time, on the loop thread; a method that raises has undone what it
+    did."""
 
     @property
     def volume(self) -> Volume:
@@ -50,25 +48,25 @@ class Action(Protocol):
         """Paths of the layers that nobody else may restructure meanwhile; None for all of the disk."""
         ...
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Do what can be done while the disk is served."""
 
-    def apply(self) -> None:
+    async def apply(self) -> None:
         """Change the disk, which is drained."""
 
     def record(self, changes: Changes) -> None:
         """Say what has to be known after a restart."""
 
-    def settle(self) -> None:
+    async def settle(self) -> None:
         """The change is recorded, the disk still drained; what is done here is not necessary for that."""
 
-    def undo(self) -> None:
+    async def undo(self) -> None:
         """Take :meth:`apply` back; the disk has been drained since."""
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """All went well, and the disk is served again."""
 
-    def abandon(self) -> None:
+    async def abandon(self) -> None:
         """Take :meth:`prepare` back; the disk is served."""
 
 
@@ -87,54 +85,54 @@ async def carry_out(context: Context, actions: Sequence[Action]) -> None:
         prepared: list[Action] = []
         try:
             for action in actions:
-                await in_thread(action.prepare)
+                await action.prepare()
                 prepared.append(action)
             async with AsyncExitStack() as drained:
                 begun = monotonic()
                 for name in sorted(volumes):
                     await drained.enter_async_context(volumes[name].drained())
-                try:
-                    await in_thread(_apply, actions, context.state)
-                finally:
-                    for volume in volumes.values():
-                        volume.adopt()
+                await _apply(actions, context.state)
             _log.info("%s: paused for %.1f ms", actions[0].what, (monotonic() - begun) * 1000)
         except BaseException:
             for action in reversed(prepared):
-                await in_thread(_quietly, action.abandon)
+                await _quietly(action.abandon)
             raise
-    for action in actions:
-        await in_thread(action.finish)
+        for action in actions:
+            await action.finish()
 
 
 def _union(actions: Sequence[Action]) -> frozenset[str]:
     return frozenset(path for action in actions for path in action.layers or ())
 
 
-def _apply(actions: Sequence[Action], state: State) -> None:
+async def _apply(actions: Sequence[Action], state: State) -> None:
     applied: list[Action] = []
     try:
         for action in actions:
-            action.apply()
+            await action.apply()
             applied.append(action)
         if state.path is None:  # then what actions leave behind in images is all that outlives us
             for action in actions:
-                action.settle()
-        with state.transaction() as changes:
-            for action in actions:
-                action.record(changes)
+                await action.settle()
+        await in_thread(_record, actions, state)
     except BaseException:
         for action in reversed(applied):
-            _quietly(action.undo)
+            await _quietly(action.undo)
         raise
     if state.path is not None:
         for action in actions:
-            _quietly(action.settle)
+            await _quietly(action.settle)
 
 
-def _quietly(step: Callable[[], None]) -> None:
-    """Run a step whose failure must not hide another one, or changes nothing any more."""
+def _record(actions: Sequence[Action], state: State) -> None:
+    with state.transaction() as changes:
+        for action in actions:
+            action.record(changes)
+
+
+async def _quietly(step: Callable[[], Awaitable[None]]) -> None:
+    """Take a step whose failure must not hide another one, or changes nothing any more."""
     try:
-        step()
+        await step()
     except (NbdqError, OSError) as error:
         _log.error("after a transaction: %s", error)

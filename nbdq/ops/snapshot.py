@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbdq.chain.create import create_qcow2
+from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import ResolvedLayer
 from nbdq.errors import OperationError, printable
@@ -92,6 +93,8 @@ class ExternalSnapshot:
         if plan.existing and (self._new.header.backing_name, self._new.header.backing_format) != (name, format):
             chain.claims.begin_writing(self._new)
             set_backing(self._new.storage, self._new.header, name=name, format=format)
+        assert not isinstance(chain.device, ChainDisk)
+        chain.device.flush()  # so that little is left to be saved while requests wait
 
     def _check_room(self) -> None:
         directory = os.path.dirname(os.path.abspath(self._plan.path))
@@ -110,6 +113,10 @@ class ExternalSnapshot:
             ImageError, OSError: the old top cannot be sealed, or the overlay not be written to; all is as before.
         """
         assert self._new is not None
+        if self._chain.layers[0].storage is not self._old[0].storage:
+            raise OperationError(
+                f"{printable(self._plan.path, 1024)} is no overlay of the disk's top any more; make it anew"
+            )
         if self._plan.node_name is not None:
             self._chain.check_name(self._plan.node_name)
         self._old = self._chain.layers

@@ -15,6 +15,7 @@ from nbdq.admin.transaction import Action, carry_out
 from nbdq.errors import OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.ops.snapshot import ExternalSnapshot, SnapshotPlan
+from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
 
 _SUPPORTED_FORMAT = "qcow2"
@@ -66,32 +67,44 @@ class SnapshotAction:
         self._plan = plan
         self._operation = ExternalSnapshot(volume.chain, plan)
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
+        await in_thread(self._prepare)
+
+    def _prepare(self) -> None:
         if not self._plan.existing:
             with self._state.transaction() as changes:
                 changes.add_pending(self.volume.key, self._plan.path)
         try:
             self._operation.run(Control())
         except BaseException:
-            self.abandon()
+            self._abandon()
             raise
 
-    def apply(self) -> None:
-        self._operation.pivot()
+    async def apply(self) -> None:
+        try:
+            await in_thread(self._operation.pivot)
+        finally:
+            self.volume.adopt()
 
     def record(self, changes: Changes) -> None:
         changes.set_top(self.volume.key, self._plan.path, _SUPPORTED_FORMAT)
 
-    def settle(self) -> None:
-        self._operation.mark()
+    async def settle(self) -> None:
+        await in_thread(self._operation.mark)
 
-    def undo(self) -> None:
-        self._operation.revert()
+    async def undo(self) -> None:
+        try:
+            await in_thread(self._operation.revert)
+        finally:
+            self.volume.adopt()
 
-    def finish(self) -> None:
-        self._operation.finish()
+    async def finish(self) -> None:
+        await in_thread(self._operation.finish)
 
-    def abandon(self) -> None:
+    async def abandon(self) -> None:
+        await in_thread(self._abandon)
+
+    def _abandon(self) -> None:
         self._operation.abort()
         with self._state.transaction() as changes:
             changes.remove_pending(self.volume.key, self._plan.path)
