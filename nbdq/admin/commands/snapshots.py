@@ -73,7 +73,7 @@ class SnapshotAction:
     def _prepare(self) -> None:
         if not self._plan.existing:
             with self._state.transaction() as changes:
-                changes.add_pending(self.volume.key, self._plan.path)
+                changes.add_pending(self.volume.name, self._plan.path)
         try:
             self._operation.run(Control())
         except BaseException:
@@ -87,7 +87,7 @@ class SnapshotAction:
             self.volume.adopt()
 
     def record(self, changes: Changes) -> None:
-        changes.set_top(self.volume.key, self._plan.path, _SUPPORTED_FORMAT)
+        changes.set_top(self.volume.name, self._plan.path, _SUPPORTED_FORMAT)
 
     async def settle(self) -> None:
         await in_thread(self._operation.mark)
@@ -107,7 +107,7 @@ class SnapshotAction:
     def _abandon(self) -> None:
         self._operation.abort()
         with self._state.transaction() as changes:
-            changes.remove_pending(self.volume.key, self._plan.path)
+            changes.remove_pending(self.volume.name, self._plan.path)
 
 
 def snapshot_action(context: Context, arguments: Snapshot) -> Action:
