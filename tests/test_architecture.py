@@ -51,7 +51,7 @@ AUDITORS = {
         "nbdq.qcow2.audit.result",
         "nbdq.qcow2.audit.sparse_tables",
     ),
-    *("nbdq.qcow2.audit.reference_counts", "nbdq.qcow2.audit.stored_refcounts", "nbdq.qcow2.audit.snapshot_records"),
+    *("nbdq.qcow2.audit.reference_counts", "nbdq.qcow2.audit.stored_refcounts"),
 }
 
 #: Modules with fewer rights than their package.
@@ -60,7 +60,8 @@ MAY_IMPORT_ONLY: dict[str, set[str]] = {
     **{
         name: {
             *("nbdq.qcow2.format", "nbdq.qcow2.fields", "nbdq.qcow2.entries", "nbdq.qcow2.cursor"),
-            *("nbdq.qcow2.snapshots", "nbdq.qcow2.bitmaps.directory", "nbdq.qcow2.refcount_widths"),  # readers
+            *("nbdq.qcow2.snapshots", "nbdq.qcow2.snapshot_records", "nbdq.qcow2.bitmaps.directory"),  # readers
+            "nbdq.qcow2.refcount_widths",
             *("nbdq.storage", "nbdq.errors", *AUDITORS),
         }
         for name in AUDITORS

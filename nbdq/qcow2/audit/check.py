@@ -23,7 +23,6 @@ from nbdq.errors import CorruptImage, ImageError, printable
 from nbdq.qcow2.audit.mappings import L1Table, L2Tables, MappingAudit
 from nbdq.qcow2.audit.reference_counts import PAGE, ReferenceCounts, TooManyPages
 from nbdq.qcow2.audit.result import CheckResult
-from nbdq.qcow2.audit.snapshot_records import SnapshotTable, read_snapshot_table
 from nbdq.qcow2.audit.sparse_tables import refuse_overlaps
 from nbdq.qcow2.audit.stored_refcounts import StoredRefcounts
 from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
@@ -31,6 +30,7 @@ from nbdq.qcow2.entries import Geometry
 from nbdq.qcow2.fields import MAX_L1_TABLE
 from nbdq.qcow2.format import Autoclear, CryptMethod, Header
 from nbdq.qcow2.refcount_widths import max_refcount
+from nbdq.qcow2.snapshot_records import SnapshotTable, read_snapshot_table
 from nbdq.storage import FileStorage
 
 #: Bytes of reference counters for an image that does not occupy what it claims: some 6 TiB in clusters of 64 KiB.

@@ -19,11 +19,11 @@ from nbdq.qcow2.audit.damaged_header import TABLES, TABLES_OFFSET, read_header_t
 from nbdq.qcow2.audit.mappings import COPIED, L1_PIECE, OFFSET_MASK, ZERO, L1Table, L2Batch, copied_mismatches_l1
 from nbdq.qcow2.audit.reference_counts import PAGE, PAGE_BITS, ReferenceCounts
 from nbdq.qcow2.audit.result import CheckResult
-from nbdq.qcow2.audit.snapshot_records import SnapshotRecord, pack_snapshot_table
 from nbdq.qcow2.features import Autoclear, Incompatible
 from nbdq.qcow2.fields import MAX_REFCOUNT_TABLE
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.refcount_widths import max_refcount, pack
+from nbdq.qcow2.snapshot_records import SnapshotRecord, pack_snapshot_table
 from nbdq.storage import FileStorage
 
 #: The feature fields of a version 3 header, written together (Q11).

@@ -32,6 +32,29 @@ class SnapshotRecord:
     id: bytes
     name: bytes
 
+    @classmethod
+    def of_disk(
+        cls,
+        *,
+        id: str,
+        name: str,
+        l1_offset: int,
+        l1_size: int,
+        disk_size: int,
+        date_seconds: int,
+        date_nanoseconds: int,
+        vm_clock_ns: int,
+    ) -> "SnapshotRecord":
+        """The record of a snapshot that holds no state of a machine, with all that QEMU writes (Q61).
+
+        Args:
+            l1_size: entries.
+            disk_size: bytes.
+        """
+        times = struct.pack(">IIQI", date_seconds, date_nanoseconds, vm_clock_ns, 0)
+        extra = struct.pack(">QQ", 0, disk_size) + _NO_ICOUNT
+        return cls(l1_offset, l1_size, times, extra, id.encode(), name.encode("utf-8", "surrogateescape"))
+
     @property
     def is_incomplete(self) -> bool:
         """Whether version 3 asks for more extra data."""
