@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from nbdq.block import BlockDevice
+from nbdq.chain.bitmaps import carry_over_bitmaps
 from nbdq.chain.claims import Claims, storages_of
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
@@ -321,7 +322,9 @@ class LiveChain:
         layer = self._layers[0]
         if layer.header is not None:
             layer = replace(layer, header=read_header(layer.storage))
+        before = self.device
         self.device = self._open_disk(layer, self._layers[1:])
+        carry_over_bitmaps(before, self.device)
         self._layers[0] = layer
         self._watch_threshold()
 

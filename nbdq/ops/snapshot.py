@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbdq.chain.bitmaps import carry_over_bitmaps
 from nbdq.chain.create import create_qcow2
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
@@ -59,7 +60,7 @@ class ExternalSnapshot:
         self._plan = plan
         self._made = False
         self._new: ResolvedLayer | None = None
-        self._old = chain.layers
+        self._old, self._old_device = chain.layers, chain.device
 
     @property
     def path(self) -> str:
@@ -119,7 +120,7 @@ class ExternalSnapshot:
             )
         if self._plan.node_name is not None:
             self._chain.check_name(self._plan.node_name)
-        self._old = self._chain.layers
+        self._old, self._old_device = self._chain.layers, self._chain.device
         self._chain.rearrange([self._new, *self._old])
         if self._plan.node_name is not None:
             self._chain.name_layer(0, self._plan.node_name)
@@ -146,6 +147,7 @@ class ExternalSnapshot:
             set_overlay_marker(old.storage, old.header, None)
             self._chain.refresh(1)
         self._chain.rearrange(self._chain.layers[1:])
+        carry_over_bitmaps(self._old_device, self._chain.device)
 
     def finish(self) -> None:
         """Nothing is left to be done."""
