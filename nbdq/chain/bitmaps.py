@@ -1,4 +1,4 @@
-"""The dirty bitmaps of a disk: those of the top, which are live, and those of layers below, as their files have them."""
+"""The dirty bitmaps of a disk: those of the top, which are live, and those of layers below, as in their files."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -33,9 +33,10 @@ def carry_over_bitmaps(before: BlockDevice, after: BlockDevice) -> None:
 
     Nobody has written to the image in between, and no request is in progress.
     """
-    if isinstance(before, OverlayDisk) and isinstance(after, OverlayDisk):
-        if isinstance(before.top.bitmaps, DirtyBitmaps):
-            bitmaps_of(after.top).adopt(before.top.bitmaps)
+    if not isinstance(before, OverlayDisk) or not isinstance(after, OverlayDisk):
+        return
+    if isinstance(before.top.bitmaps, DirtyBitmaps):
+        bitmaps_of(after.top).adopt(before.top.bitmaps)
 
 
 def find_bitmaps(
