@@ -11,10 +11,10 @@ Guest writes and zeroing are in modules of their own beside this one; both chang
 import errno
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from nbdq.errors import CorruptImage
 from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK, Geometry
 from nbdq.qcow2.format import Header, Incompatible, update_fields
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.writing.allocator import Allocator, Run, TableFull
+from nbdq.qcow2.writing.allocator import Allocator, TableFull
 from nbdq.qcow2.writing.epochs import Epochs
 from nbdq.qcow2.writing.mapping import Mapping, l1_problem
 from nbdq.qcow2.writing.metadata import find_metadata
@@ -38,6 +38,7 @@ _FREED_BUDGET = 64 << 20
 _DIRTY_BUDGET = 16 << 20
 
 _SECTOR = 512
+_Result = TypeVar("_Result")
 
 
 class Bitmaps(Protocol):
@@ -45,6 +46,14 @@ class Bitmaps(Protocol):
 
     def mark(self, offset: int, length: int) -> None:
         """The guest range is about to change; called before its first byte does."""
+        ...
+
+    def resize(self, size: int) -> None:
+        """The disk is about to have, or has now, ``size`` bytes; no request is under way beyond either size.
+
+        Raises:
+            OSError: the book cannot be kept for so many; nothing has changed. Never for a size that it had.
+        """
         ...
 
     def store(self, image: "WritableImage") -> None:
@@ -222,10 +231,11 @@ class WritableImage:
             OSError: ENOSPC if it can be tried again; EIO if the image is corrupt, or after a failure that is final.
         """
         with self._flush_lock:
-            self._flush()
+            self._flush(self.lock)
 
-    def _flush(self) -> None:
-        with self.lock:
+    def _flush(self, lock: AbstractContextManager[object]) -> None:
+        """``lock`` is ours, or nothing if the caller holds it."""
+        with lock:
             if self.is_corrupt:
                 raise OSError(errno.EIO, "the image is corrupt; metadata is not written any more", self.path)
             epoch = self.epochs.advance()
@@ -253,13 +263,13 @@ class WritableImage:
             self._write(then)
             self.storage.sync()
         except BaseException:
-            with self.lock:
+            with lock:
                 self.mapping.put_back([*new_tables, *changed_tables])
                 self.refcounts.put_back(blocks, refcount_table)
                 self.allocator.put_back(freed)
                 self.published |= published
             raise
-        with self.lock:
+        with lock:
             self.mapping.settle()
             self.refcounts.settle()
             self.allocator.retire(freed, epoch)
@@ -290,12 +300,10 @@ class WritableImage:
             OSError: as :meth:`flush`.
         """
         with self._flush_lock:
-            while True:
-                self._flush()
-                with self.changing():
-                    if not self.mapping.needs_flush:
-                        yield
-                        return
+            self._flush(self.lock)  # most of it, while others go on
+            with self.changing():
+                self._flush(nullcontext())
+                yield
 
     def grow_refcount_table(self) -> None:
         """Replace the refcount table by a longer one (A4, R-54). Without the lock, after :class:`TableFull`.
@@ -304,7 +312,7 @@ class WritableImage:
             OSError: EFBIG at the format's limit, ENOSPC, or a failure that is final.
         """
         with self._flush_lock:
-            self._flush()  # so that no page of the old table is on its way
+            self._flush(self.lock)  # so that no page of the old table is on its way
             with self.changing():
                 longer = self.refcounts.longer_table()
                 self.allocator.claim(longer.first, longer.clusters)
@@ -322,7 +330,7 @@ class WritableImage:
                 )
                 self.allocator.free(*self.refcounts.adopt(longer))
 
-    def growing(self, change: Callable[[], "Run"]) -> Run:
+    def growing(self, change: Callable[[], _Result]) -> _Result:
         """Run ``change`` under the lock, as often as the refcount table has to grow for it."""
         while True:
             try:
