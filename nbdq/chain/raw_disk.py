@@ -4,6 +4,7 @@ Nothing is kept in memory, neither data nor where the holes are: the kernel answ
 clients, and programs that write to the file beside us, see one disk. Must not know NBD or event loops.
 """
 
+import errno
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,8 +22,8 @@ _FIRST_CHUNK, _CHUNK = 2, 512
 class RawDisk:
     """A :class:`~nbdq.block.WritableBlockDevice` over one raw image. Owns its storage until :meth:`close`.
 
-    The disk never grows. A file that ends inside its last sector gets the missing bytes when they are written to, as
-    in QEMU.
+    The disk never grows by itself. A file that ends inside its last sector gets the missing bytes when they are written
+    to, as in QEMU.
     """
 
     def __init__(self, storage: FileStorage) -> None:
@@ -122,6 +123,36 @@ class RawDisk:
             OSError: the medium failed; final (R-63).
         """
         self._storage.punch(offset, length)
+
+    def grow(self, size: int) -> None:
+        """Make the file, and so the disk, larger; what is new reads as zeros. Durable on return.
+
+        Requests must stay inside the old size until then.
+
+        Raises:
+            OSError: EINVAL if ``size`` is not larger, or no multiple of 512; EOPNOTSUPP for a block device; ENOSPC.
+        """
+        if size <= self.size or size % 512:
+            raise OSError(errno.EINVAL, f"cannot grow a disk of {self.size} bytes to {size}", self._storage.path)
+        self._resize(size)
+
+    def shrink(self, size: int) -> None:
+        """Make the file, and so the disk, smaller; the caller has drained it. Durable on return.
+
+        Raises:
+            OSError: EINVAL if ``size`` is not smaller, or no multiple of 512; EOPNOTSUPP for a block device.
+        """
+        if not 0 < size < self.size or size % 512:
+            raise OSError(errno.EINVAL, f"cannot shrink a disk of {self.size} bytes to {size}", self._storage.path)
+        self._resize(size)
+
+    def _resize(self, size: int) -> None:
+        if self._storage.is_block_device:
+            text = f"has {self.size} bytes, {size} are wanted, and a block device has the size that it has"
+            raise OSError(errno.EOPNOTSUPP, text, self._storage.path)
+        self._storage.truncate(size)
+        self._storage.sync()
+        self.size = size
 
     def flush(self) -> None:
         """Make durable everything that was written by calls that have returned.

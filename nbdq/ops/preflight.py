@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, suppress
 from typing import Any
 
+from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import backing_path
 from nbdq.errors import OperationError, printable
 from nbdq.qcow2.fields import MAGIC, MAX_BACKING_NAME
@@ -54,6 +55,24 @@ def find_overlays(base_path: str, directories: Collection[str], *, known: Collec
             if base is not None and base in map(_identity, _backing_paths(path)):
                 found.append(path)
     return sorted(found)
+
+
+def check_no_overlays(chain: LiveChain, *, top: int, base: int, directories: Collection[str] = ()) -> None:
+    """Refuse to commit layers ``top`` to ``base - 1`` into ``base`` under other overlays of layers that will change.
+
+    These are the base and the layers over it but for ``top``, which reads the same for as long as nobody writes to the
+    base; that the active layer has no other overlays goes without saying.
+
+    Raises:
+        OperationError: there are some, or there is too much to look at.
+        OSError: a directory cannot be read.
+    """
+    known = [layer.path for layer in chain.layers]
+    for layer in chain.layers[top + 1 : base + 1]:
+        if overlays := find_overlays(layer.path, directories, known=known):
+            names = ", ".join(printable(path, 1024) for path in overlays[:4]) + (", …" if len(overlays) > 4 else "")
+            what = f"{printable(layer.path, 1024)} has other overlays, which would be damaged: {names}"
+            raise OperationError(f"{what}; commit or remove them first, or force it")
 
 
 def _files_in(directory: str) -> Iterator[str]:

@@ -1,0 +1,187 @@
+"""Active commit: the layers from the active one down go into a layer below them, which then is the active one (4.7).
+
+The guest goes on writing to the top, so what it changes is noted and copied again, in passes that become shorter until
+the rest is so little that it can be copied while the disk is drained. The invariant of :mod:`nbdq.ops.commit` holds
+here, too: a range that the top has decided stays decided, whatever the guest does.
+
+What is copied is what was there at some moment after its bit was cleared: the bit is cleared, then every request that
+had begun before is waited for, then the disk is read. A request that begins later sets the bit again.
+"""
+
+import threading
+from collections.abc import Callable, Collection
+
+from nbdq.chain.live import LiveChain
+from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.resolve import ResolvedLayer
+from nbdq.ops.commit import BaseWriter, check_range, move_mark
+from nbdq.ops.control import Control
+from nbdq.ops.preflight import check_no_overlays
+from nbdq.ops.transfer import Transfer
+from nbdq.qcow2.bitmaps.bits import DirtyBits
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
+from nbdq.qcow2.writing.writable import WritableImage
+
+#: log2 of the granularity in which changes are noted.
+_GRANULARITY_BITS = 16
+#: Bytes that may be left for the drain: some milliseconds.
+_SMALL = 16 << 20
+#: Passes after which a guest that writes as fast as we copy is not raced any longer.
+_PASSES_MAX = 10
+#: Seconds between passes that only keep up.
+_IDLE = 0.1
+
+
+class ActiveCommit:
+    """A :class:`~nbdq.ops.operation.MirroringOperation`: everything above the base goes into it.
+
+    A base that is smaller than the disk grows. One that is larger stays so, and after the pivot the disk is as large.
+    The dirty bitmaps of the layers that go are not carried over, as in QEMU.
+    """
+
+    def __init__(self, chain: LiveChain, *, base: int, directories: Collection[str] = (), force: bool = False) -> None:
+        """Look whether it can be done; nothing is changed.
+
+        Args:
+            base: the layer that is to be the active one; all above it are committed.
+            directories: where to look for other overlays of the layers that change, besides these layers' own.
+            force: do not look; what lies over the base elsewhere will be damaged.
+
+        Raises:
+            OperationError: it makes no sense, the disk is read-only, or there are other overlays.
+        """
+        check_range(chain, top=0, base=base)
+        if not force:
+            check_no_overlays(chain, top=0, base=base, directories=directories)
+        self._chain = chain
+        self._base = chain.layers[base].storage
+        self.on_ready: Callable[[], None] = lambda: None
+        self._is_ready = False
+        self._wanted = threading.Event()
+        self._position = 0
+        self._pending: list[tuple[int, int]] = []
+        """Ranges whose bits were cleared, and which have not been copied since."""
+        self._writer: BaseWriter | None = None
+        self._transfer: Transfer | None = None
+        self._image: WritableImage | None = None
+        self._dirty: DirtyBits | None = None
+        self._layers: list[ResolvedLayer] = []
+        """What the disk consisted of before the pivot."""
+        self._out: list[ResolvedLayer] = []
+
+    def complete(self) -> None:
+        """Let :meth:`run` return as soon as what is left is small."""
+        self._wanted.set()
+
+    def run(self, control: Control) -> None:
+        """Copy, tell that it is done, and keep up until :meth:`complete`.
+
+        Raises:
+            Cancelled: ``control`` said so.
+            ImageLocked: somebody else uses the base.
+            ImageError, OSError: a layer cannot be read, or the base not be written; ``run`` can be called again.
+        """
+        if self._transfer is None:
+            self._transfer = self._begin(control)
+        assert self._writer is not None
+        size = self._chain.device.size
+        for position in self._transfer.copy(self._position, size, control):
+            self._position = position
+        self._position = size
+        passes = 0
+        while True:
+            passes += 1
+            wanted = self._wanted.is_set()
+            if self._catch_up(control) > _SMALL and passes < _PASSES_MAX:
+                continue
+            if not self._is_ready:
+                self._writer.disk.flush()
+                self._is_ready = True
+                self.on_ready()
+            elif wanted:
+                return
+            else:
+                passes = 0
+            self._wanted.wait(_IDLE)
+            control.advance()
+
+    def _begin(self, control: Control) -> Transfer:
+        chain = self._chain
+        device = chain.device
+        assert isinstance(device, OverlayDisk), "a raw disk lies over nothing"
+        base = [layer.storage for layer in chain.layers].index(self._base)
+        self._writer = BaseWriter(chain, base, size=device.size)
+        self._image = device.top
+        self._dirty = _bitmaps(self._image).track(_GRANULARITY_BITS)
+        self._image.barrier()  # now nobody is left who does not mark
+        transfer = Transfer(device, base, self._writer.disk)
+        control.expect(transfer.measure())
+        return transfer
+
+    def _catch_up(self, control: Control) -> int:
+        """Copy what has changed; the bytes that had."""
+        assert self._transfer is not None
+        assert self._image is not None
+        assert self._dirty is not None
+        self._pending += self._dirty.take(0, self._dirty.size)
+        if not self._pending:
+            return 0
+        self._image.barrier()
+        changed = sum(length for _, length in self._pending)
+        control.expect(changed)
+        while self._pending:
+            offset, length = self._pending[-1]
+            for _ in self._transfer.copy(offset, offset + length, control):
+                pass
+            self._pending.pop()
+        control.total = control.done  # of what had changed not everything had to be copied
+        return changed
+
+    def pivot(self) -> None:
+        """Copy the rest, and let the base be the active layer; see :class:`~nbdq.ops.operation.Operation`.
+
+        Everything that was written to the disk is durable in the base then. Until that is recorded, a restart from the
+        old top is right, and from then on only one from the base.
+        """
+        assert self._writer is not None
+        chain, disk = self._chain, self._writer.disk
+        self._catch_up(Control())
+        disk.flush()
+        move_mark(disk, None)
+        layers = chain.layers
+        base = [layer.storage for layer in layers].index(self._base)
+        self._out = chain.rearrange(layers[base:], top=disk)
+        self._layers = layers
+
+    def revert(self) -> None:
+        """Let the old top be the active layer again; nothing has been written since the pivot."""
+        self._chain.rearrange(self._layers)
+        self._out = []
+
+    def finish(self) -> None:
+        """Close the layers that have dropped out; their files stay as they are."""
+        assert self._writer is not None
+        self._writer.lower.release()
+        self._chain.drop(self._out)
+
+    def abort(self) -> None:
+        """Release the base; the disk is drained.
+
+        Raises:
+            OSError: what was written to the base may not be durable; that harms nobody.
+        """
+        writer, self._writer, self._transfer = self._writer, None, None
+        if self._image is not None and self._dirty is not None:
+            _bitmaps(self._image).untrack(self._dirty)
+        if writer is not None:
+            writer.give_up()
+
+
+def _bitmaps(image: WritableImage) -> DirtyBitmaps:
+    """The image's dirty bitmaps, of which there need not be any."""
+    if image.bitmaps is None:
+        bitmaps = DirtyBitmaps(image.path, image.header)
+        bitmaps.begin_writing(image.storage, image.header)
+        image.bitmaps = bitmaps
+    assert isinstance(image.bitmaps, DirtyBitmaps)
+    return image.bitmaps
