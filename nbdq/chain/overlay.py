@@ -32,6 +32,7 @@ from nbdq.qcow2.writing.guest_writes import GuestWrites
 from nbdq.qcow2.writing.inline_writes import InlineWrites
 from nbdq.qcow2.writing.mapping import L2Table
 from nbdq.qcow2.writing.populate import Populate
+from nbdq.qcow2.writing.shrink import shrink
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
 from nbdq.storage import Data
@@ -325,6 +326,23 @@ class OverlayDisk:
     def write_compressed(self, offset: int, data: Data, *, if_open: bool = False) -> bool:
         """Store a compressed cluster as it is; see :meth:`CompressedWrites.store`."""
         return self._compressed.store(offset, data, if_open=if_open)
+
+    def shrink(self, size: int) -> None:
+        """Make the disk smaller, durably; the caller has drained it. See :func:`nbdq.qcow2.writing.shrink.shrink`."""
+        try:
+            shrink(self.top, self._zeroing, size)
+        finally:
+            self._below_size = min(self._below_size, self.size)
+
+    def make_empty(self) -> None:
+        """Let the top hold nothing, so that the disk reads as what is below; the caller has drained it.
+
+        Bitmaps are not marked: what is below should read the same. Durable after the next :meth:`flush`.
+
+        Raises:
+            OSError: ENOSPC, EROFS or EIO; the top may hold some of what it held.
+        """
+        self._zeroing.abandon(0)
 
     def flush(self) -> None:
         """Make everything durable; see :class:`~nbdq.block.WritableBlockDevice`."""

@@ -39,7 +39,7 @@ class GuestReads:
         """
         image = self._image
         found = []
-        for l1_index, first, count in self._by_tables(start, end):
+        for l1_index, first, count in image.mapping.by_tables(start, end):
             entries = image.entries(l1_index, first, count)
             if entries is not None:
                 guest = l1_index * image.geometry.l2_coverage + (first << image.geometry.cluster_bits)
@@ -49,17 +49,6 @@ class GuestReads:
         if len(found) <= 1:
             return found[0] if found else None
         return Granules(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
-
-    def _by_tables(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(L1 index, first entry, count) of each L2 table's part of the guest range; clusters count whole."""
-        geometry = self._image.geometry
-        while start < end:
-            l1_index = start // geometry.l2_coverage
-            table_start = l1_index * geometry.l2_coverage
-            stop = min(end, table_start + geometry.l2_coverage)
-            first = start - table_start >> geometry.cluster_bits
-            yield l1_index, first, (stop - table_start + geometry.cluster_size - 1 >> geometry.cluster_bits) - first
-            start = stop
 
     def pieces(self, offset: int, length: int) -> Iterator[Piece]:
         """The range in order; neighbours that continue each other are one."""

@@ -5,6 +5,7 @@ Every table that is changed here is the image's own (COPIED, refcount 1): one th
 """
 
 import errno
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,17 @@ class Mapping:
         found: list[int] = (np.flatnonzero(self.l1.values[first:last]) + first).tolist()
         return found
 
+    def by_tables(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(L1 index, first entry, count) of each L2 table's part of a guest range; clusters count whole."""
+        geometry = self._geometry
+        while start < end:
+            l1_index = start // geometry.l2_coverage
+            table_start = l1_index * geometry.l2_coverage
+            stop = min(end, table_start + geometry.l2_coverage)
+            first = start - table_start >> geometry.cluster_bits
+            yield l1_index, first, (stop - table_start + self._cluster_size - 1 >> geometry.cluster_bits) - first
+            start = stop
+
     def get(self, l1_index: int) -> L2Table | None:
         """The table that maps entry ``l1_index`` of the L1 table; None if nothing there was ever allocated.
 
@@ -144,6 +156,28 @@ class Mapping:
             entry, bitmap = table.words[2 * index], table.words[2 * index + 1]
             return not entry & COMPRESSED and not bitmap & (subclusters | subclusters << SUBCLUSTERS)
         return not table.words[index] & self.own_bits
+
+    def drop(self, l1_index: int) -> L2Table:
+        """Take a table that exists out of the L1 table; its entries, whose references are gone with it.
+
+        Raises:
+            BrokenRefcounts, OSError: as :meth:`get`; nothing has changed.
+        """
+        table = self.get(l1_index)
+        assert table is not None, "nothing to drop"
+        if not table.is_own:
+            self._verify(l1_index, table)
+        entry = self.l1.words[l1_index]
+        cluster = table.offset // self._cluster_size
+        references = self._refcounts.get(cluster)
+        self.l1.set(l1_index, 0)
+        del self.tables[l1_index]
+        self._dirty.discard(l1_index)
+        if references == 1:
+            self._protected.remove(cluster, 1)
+        if bool(entry & COPIED) == (references == 1):  # else refcounts lie: a leak is safer (R-28)
+            self._allocator.free(cluster)
+        return table
 
     def _place(self, l1_index: int) -> int:
         """Find room for an L2 table, and let the L1 entry name it."""
@@ -213,7 +247,7 @@ class Mapping:
         """A flush failed: what it took is changed still."""
         for changes in taken:
             changes.put_back()
-        self._dirty |= self._flushing
+        self._dirty |= self._flushing & self.tables.keys()  # some may have been dropped meanwhile
         self._flushing = set()
 
 

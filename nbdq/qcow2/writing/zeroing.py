@@ -7,6 +7,7 @@ like all others, so a discarded cluster cannot show up elsewhere after a crash (
 
 import errno
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,37 @@ class Zeroing:
                 image.bitmaps.mark(low, high - low)
             self._zero_granules(low, high, unmap=True)
         image.relieve()
+
+    def abandon(self, start: int) -> None:
+        """Let the image hold nothing from a cluster that begins at ``start`` on, even behind the end of the disk (T5).
+
+        There may be no request in that range. What is below shows then: if the guest can see the difference, the caller
+        has marked bitmaps. Tables that map nothing else are given up.
+
+        Raises:
+            OSError: as :meth:`discard`. Any part of the range may be left as it was.
+        """
+        image = self._image
+        coverage = self._geometry.l2_coverage
+        for l1_index in image.mapping.present(start // coverage, len(image.mapping.l1.words)):
+            first = max(0, start - l1_index * coverage) >> self._geometry.cluster_bits
+            image.growing(partial(self._abandon_in_table, l1_index, first))
+            image.relieve()
+
+    def _abandon_in_table(self, l1_index: int, first: int) -> None:
+        mapping = self._image.mapping
+        if mapping.get(l1_index) is None:
+            return
+        if first:
+            table = mapping.own(l1_index)
+            mapping.changed(l1_index, first, self._geometry.l2_count - first)
+        else:
+            table = mapping.drop(l1_index)
+        step = 2 if self._geometry.extended_l2 else 1
+        entries = table.values[first * step :]
+        descriptors = entries[::step].copy()
+        entries[:] = 0
+        self._free(descriptors)
 
     def _zero_granules(self, start: int, end: int, *, unmap: bool) -> None:
         """``start`` and ``end`` are multiples of the granule, or the end of the disk."""
