@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from nbdq.admin.checkpoints import Checkpoints
 from nbdq.admin.jobs import Jobs
 from nbdq.admin.policies import Policies
 from nbdq.admin.state import State
@@ -59,6 +60,7 @@ class Context:
     jobs: Jobs
     state: State
     policies: Policies
+    checkpoints: Checkpoints
     emit: Callable[[str, dict[str, Any]], None]
     """``emit(event, data)`` tells every client; to be called on the loop thread."""
     quit: Callable[[], None]

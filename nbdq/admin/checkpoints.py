@@ -1,0 +1,181 @@
+"""Checkpoints: one moment of several disks, kept readable for a backup, and what changed up to it frozen (F1).
+
+Each disk gets a throw-away overlay, so that its images stand still below; they are exported read-only. In the same
+moment the bitmap that says what the backup has to read stops counting, and a new one, for the next backup, begins to.
+The new one is a bitmap of the image *below* the overlay: it sees the guest's writes when the overlay is committed back,
+which marks exactly what was written meanwhile. So it is complete also if the server dies in between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nbdq.admin.state import Changes
+from nbdq.chain.bitmaps import bitmaps_of
+from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.views import View
+from nbdq.errors import NotFound, OperationError, printable
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
+from nbdq.server.export import Export
+from nbdq.server.volume import Wish
+
+if TYPE_CHECKING:
+    from nbdq.server.volume import Volume
+
+
+@dataclass(frozen=True)
+class Member:
+    """One disk of a checkpoint."""
+
+    volume: Volume
+    image: str
+    """The path of the image that was the top at that moment."""
+    overlay: str
+    """The path of the overlay that takes the guest's writes since."""
+    export: str
+    """The id of the export that shows the moment."""
+    frozen: str | None
+    """The bitmap that tells what changed up to the moment."""
+    successor: str | None
+    """The bitmap that tells what changes from the moment on."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One moment of several disks."""
+
+    id: str
+    members: Sequence[Member]
+
+
+class Checkpoints:
+    """Those that have begun and not ended. Loop thread only."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Checkpoint] = {}
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        return iter(list(self._by_id.values()))
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Remember one that has begun."""
+        self._by_id[checkpoint.id] = checkpoint
+
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """Forget one that has ended."""
+        del self._by_id[checkpoint.id]
+
+    def find(self, id: str) -> Checkpoint:
+        """The checkpoint of that name.
+
+        Raises:
+            NotFound: there is none.
+        """
+        try:
+            return self._by_id[id]
+        except KeyError:
+            raise NotFound(f"Checkpoint '{printable(id)}' not found") from None
+
+    def check_new(self, id: str, volumes: Sequence[Volume]) -> None:
+        """Refuse a second checkpoint of that name, or of one of these disks.
+
+        Raises:
+            OperationError: there is one.
+        """
+        for checkpoint in self:
+            if checkpoint.id == id:
+                raise OperationError(f"Checkpoint '{printable(id)}' exists already; end it, or choose another name")
+            for member in checkpoint.members:
+                if member.volume in volumes:
+                    raise OperationError(
+                        f"disk '{printable(member.volume.name)}' is part of checkpoint '{printable(checkpoint.id)}';"
+                        " end that first"
+                    )
+
+
+class _DrainedOnly:
+    """The steps of an action that does all it does while the disk is drained."""
+
+    layers: frozenset[str] | None = frozenset()
+
+    async def prepare(self) -> None:
+        """Nothing."""
+
+    def record(self, changes: Changes) -> None:
+        """Nothing."""
+
+    async def settle(self) -> None:
+        """Nothing."""
+
+    async def finish(self) -> None:
+        """Nothing."""
+
+    async def abandon(self) -> None:
+        """Nothing."""
+
+
+class RotateBitmaps(_DrainedOnly):
+    """An :class:`~nbdq.admin.transaction.Action`: one bitmap stops to count, another one begins."""
+
+    def __init__(self, volume: Volume, *, frozen: str | None, successor: str | None) -> None:
+        """Either may be missing."""
+        self.volume = volume
+        self.what = "a rotation of bitmaps"
+        self._frozen = frozen
+        self._successor = successor
+
+    async def apply(self) -> None:
+        bitmaps = self._bitmaps()
+        begin = bitmaps.add(self._successor, persistent=True) if self._successor is not None else None
+        try:
+            if self._frozen is not None:
+                bitmaps.disable(self._frozen)
+        except OperationError:
+            if begin is not None:
+                begin()
+            raise
+
+    async def undo(self) -> None:
+        bitmaps = self._bitmaps()  # the image may have been opened anew since
+        if self._frozen is not None:
+            bitmaps.enable(self._frozen)
+        if self._successor is not None:
+            bitmaps.remove(self._successor)
+
+    def _bitmaps(self) -> DirtyBitmaps:
+        device = self.volume.chain.device
+        if not isinstance(device, OverlayDisk):
+            raise OperationError(f"{printable(self.volume.chain.path, 1024)} is no qcow2 image, and has no bitmaps")
+        return bitmaps_of(device.top)
+
+
+class PublishMoment(_DrainedOnly):
+    """An :class:`~nbdq.admin.transaction.Action`: what is below the new overlay is exported, with the frozen bitmap."""
+
+    def __init__(self, volume: Volume, *, id: str, name: str, frozen: str | None) -> None:
+        self.volume = volume
+        self.what = "an export"
+        self._wish = Wish(
+            id,
+            name,
+            description="a checkpoint",
+            view=View(layer=volume.chain.path),
+            bitmaps=[frozen] if frozen is not None else [],
+            allocation_depth=True,
+        )
+        self._export: Export | None = None
+
+    async def apply(self) -> None:
+        self._export = await self.volume.add(self._wish)
+
+    async def undo(self) -> None:
+        assert self._export is not None
+        self.volume.delete(self._export, hard=True)
+
+
+def overlay_path(volume: Volume, checkpoint: str) -> str:
+    """Where the overlay of a disk goes, unless somebody says otherwise: beside its top."""
+    return f"{os.path.abspath(volume.chain.path)}.checkpoint-{checkpoint}"
