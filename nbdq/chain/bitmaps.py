@@ -112,14 +112,21 @@ def list_bitmaps(layer: Qcow2Image | WritableImage) -> Iterator[BitmapState]:
 
 
 def live_bitmap(disk: BlockDevice, name: str) -> DirtyBits | None:
-    """The bits of a bitmap of the image that is being written to; None if it has none of that name."""
+    """The bits of a bitmap of the image that is being written to; None if it has none of that name to be believed."""
+    try:
+        return _find_live(disk, name)
+    except ExportError:
+        return None
+
+
+def _find_live(disk: BlockDevice, name: str) -> DirtyBits | None:
     if isinstance(disk, OverlayDisk) and isinstance(disk.top.bitmaps, DirtyBitmaps):
         return disk.top.bitmaps.find(name)
     return None
 
 
 def _find(disk: BlockDevice, name: str) -> DirtyBits | None:
-    if (bits := live_bitmap(disk, name)) is not None:
+    if (bits := _find_live(disk, name)) is not None:
         return bits
     below: BlockDevice | None = disk.below if isinstance(disk, OverlayDisk) else disk
     for layer in below.layers if isinstance(below, ChainDisk) else ():

@@ -203,7 +203,7 @@ class Volume:
 
     def _make(self, wish: Wish) -> _Shown:
         device = self._open(wish.view)
-        bitmaps: dict[str, DirtyBitmap] = {**find_bitmaps(device, wish.bitmaps)}
+        bitmaps: dict[str, DirtyBitmap] = {**find_bitmaps(device, wish.bitmaps, on_event=self.chain.on_event)}
         export = Export.make(
             wish.name,
             device,
