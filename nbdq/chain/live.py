@@ -114,7 +114,7 @@ class LiveChain:
                 chain.device = chain._disk([top, *map(chain._reader, layers[1:])])
             else:
                 chain.claims.opened_for_writing(layers[0])
-                layers[0] = check_top(layers[0], policy)
+                layers[0] = check_top(layers, policy)
                 chain.device = chain._open_disk(layers[0], layers[1:])
                 chain._watch_threshold()
         except BaseException:

@@ -2,16 +2,18 @@
 
 A snapshot of a running disk leaves an image behind whose name everybody knows as the disk. Started again from it, the
 disk would show its old state and, written to, make the overlay worthless; so the image names its overlay, and is opened
-for writing only when that is no overlay of it any more. Readers do not care. QEMU keeps the mark and does not heed it.
+for writing only when that is no overlay of it any more. An active commit leaves its overlay behind in the same danger;
+that is marked with the layer which took over. Readers do not care. QEMU keeps the mark and does not heed it.
 """
 
 import errno
 import os
+from collections.abc import Iterable
 from contextlib import closing
 
 from nbdq.chain.policy import Gate, Policy, Reference, Role, has_protocol
 from nbdq.chain.resolve import backing_path
-from nbdq.errors import ChainError, ImageError, InvalidImage
+from nbdq.errors import ChainError, ImageError, InvalidImage, printable
 from nbdq.qcow2.format import Header, read_header
 from nbdq.qcow2.header_area import set_overlay_marker
 from nbdq.storage import FileStorage
@@ -45,6 +47,21 @@ def check_not_overlaid(storage: FileStorage, header: Header, policy: Policy) -> 
     if overlaid:
         mend = f"open the overlay instead, or commit or rebase it, {_FORGET}"
         raise reference.error("would be damaged by writes to its backing file", mend)
+
+
+def check_not_committed(storage: FileStorage, header: Header, below: Iterable[FileStorage]) -> None:
+    """Refuse to have an image written to that was committed into one of its own layers, which has gone on alone since.
+
+    What the image holds is older than what lies below it by then.
+
+    Raises:
+        ChainError: the mark names one of ``below``, the files of the layers under the image.
+    """
+    name = header.overlay_marker
+    if name is None or not any(_is(layer, backing_path(storage.path, name)) for layer in below):
+        return
+    what = f'was committed into "{printable(name, 1024)}", which has been the disk since'
+    raise ChainError(storage.path, what, f"open that instead, {_FORGET}")
 
 
 def remove_stale_marker(storage: FileStorage, header: Header) -> Header:

@@ -8,7 +8,7 @@ from itertools import chain
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
-from nbdq.chain.marker import check_not_overlaid, remove_stale_marker
+from nbdq.chain.marker import check_not_committed, check_not_overlaid, remove_stale_marker
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.raw import RawImage
@@ -82,7 +82,7 @@ def open_writable(
     """
     resolved = resolve_chain(path, format=format, policy=policy, backing=backing, writable=True)
     with _closing_on_failure(resolved):
-        resolved[0] = check_top(resolved[0], policy)
+        resolved[0] = check_top(resolved, policy)
         below = None
         if len(resolved) > 1:
             below = ChainDisk(_layers(resolved[1:]), clusters=clusters, index_budget=index_budget)
@@ -92,19 +92,22 @@ def open_writable(
         return disk
 
 
-def check_top(layer: ResolvedLayer, policy: Policy) -> ResolvedLayer:
-    """Refuse a top whose overlay would be damaged by writes; the layer with its header as it is then.
+def check_top(layers: Sequence[ResolvedLayer], policy: Policy) -> ResolvedLayer:
+    """Refuse a top whose overlay would be damaged by writes, or that was committed into a layer below; the top with its
+    header as it is then.
 
     A mark that is not true any more is removed, durably.
 
     Raises:
-        ChainError: it has an overlay.
+        ChainError: another image is the disk now.
         OSError: it cannot be read or written.
     """
-    if layer.header is None:
-        return layer
-    check_not_overlaid(layer.storage, layer.header, policy)
-    return replace(layer, header=remove_stale_marker(layer.storage, layer.header))
+    top = layers[0]
+    if top.header is None:
+        return top
+    check_not_committed(top.storage, top.header, [layer.storage for layer in layers[1:]])
+    check_not_overlaid(top.storage, top.header, policy)
+    return replace(top, header=remove_stale_marker(top.storage, top.header))
 
 
 def writable_disk(

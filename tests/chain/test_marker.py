@@ -128,3 +128,15 @@ def test_a_stale_mark_that_cannot_be_removed_safely_stays(base: Path) -> None:
         header = read_header(storage)
         assert header.overlay_marker == "/top"
         assert remove_stale_marker(storage, header) == header == read_header(storage)
+
+
+def test_an_overlay_that_was_committed_is_not_opened_for_writing_again(base: Path) -> None:
+    top = base.with_name("top.qcow2")
+    mark(top, base)
+    with closing(ClusterCache(budget=1 << 20)) as clusters, pytest.raises(ChainError) as caught:
+        open_writable(str(top), format="qcow2", policy=Policy(), clusters=clusters)
+    assert f'was committed into "{base}"' in str(caught.value)
+    run("qemu-img", "rebase", "-u", "-b", "", top)
+    with closing(ClusterCache(budget=1 << 20)) as clusters:
+        open_writable(str(top), format="qcow2", policy=Policy(), clusters=clusters).close()
+    assert header_of(top).overlay_marker is None, "what it was committed into is not below it any more"
