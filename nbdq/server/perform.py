@@ -1,4 +1,4 @@
-"""Carrying out one request: from a valid request to its whole reply. Any thread, nothing that changes."""
+"""Carrying out one request: from a request to its whole reply. Any thread, unless a method says otherwise."""
 
 import logging
 
@@ -49,6 +49,27 @@ class Performer:
             extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
             return extents * 8 * len(self._transmission.negotiated.contexts) + 512
         return 512
+
+    def answer(self, request: RawRequest) -> bytes | None:
+        """The reply to a request that needs no disk; None for one that has to wait. Loop thread only."""
+        _, operation, cookie, offset, length = request
+        command = operation & COMMAND_MASK
+        export, transmission = self._export, self._transmission
+        refusal = transmission.refusal(operation, offset, length)
+        if refusal is not None:
+            export.counters.refused(command)
+            return transmission.error_reply(cookie, refusal.errno, refusal.text)
+        reply = None
+        if command == Command.FLUSH:
+            length = 0  # means nothing (P91)
+            reply = None if export.writing is not None else transmission.success_reply(cookie)
+        elif not length:
+            reply = transmission.success_reply(cookie)
+        elif command == Command.BLOCK_STATUS and export.device.status_cached(offset, length):
+            reply = self.status_or_error(request)
+        if reply is not None:
+            export.counters.done(command, 1, length)
+        return reply
 
     def perform(self, request: RawRequest, payload: memoryview | None) -> list[Piece] | None:
         """The whole reply; None for a change that succeeded, which may have to be made durable first (P92)."""

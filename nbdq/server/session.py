@@ -19,8 +19,6 @@ from collections.abc import Callable
 from functools import partial
 from time import monotonic
 
-import numpy as np
-
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import Command, TransmissionFlag
 from nbdq.nbd.transmission import RawRequest, Transmission
@@ -28,6 +26,7 @@ from nbdq.server.export import Export
 from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
 from nbdq.server.output import Output
 from nbdq.server.pace import BATCH_SECONDS
+from nbdq.server.payload import PayloadMemory
 from nbdq.server.pending import Pending
 from nbdq.server.perform import COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
@@ -35,7 +34,7 @@ from nbdq.server.threads import in_thread
 
 _log = logging.getLogger(__name__)
 
-_READ, _WRITE, _FLUSH = int(Command.READ), int(Command.WRITE), int(Command.FLUSH)
+_READ, _WRITE = int(Command.READ), int(Command.WRITE)
 #: A batch ends when it has gathered so many bytes outside of its arena; the send buffer takes no more at once.
 _BATCH_LENGTH = 2 << 20
 #: Batches that one client gets before others have their turn, however fast it reads …
@@ -73,17 +72,17 @@ class Session:
             on_replies=partial(self._guard, self._finish),
             on_memory=self._serve_again,
         )
+        self._memory = PayloadMemory(
+            transmission, self._pending, resources, is_reading=lambda: self._reading, end=self._end
+        )
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
-        self._memory: bytearray | None = None  # the arena that a payload was received into, if it was one
         self._backlog: deque[RawRequest] = deque()
         self._reading = False
         self._sending = False  # the socket is watched for room
         self._stopping = ""  # the reason, once no further request will be read
         self._ended = False
         self._stall: asyncio.TimerHandle | None = None
-        self._payload_stall: asyncio.TimerHandle | None = None
-        self._payload_count = 0
         self._due = False  # the loop will call _take_turn
         self._held = False  # nothing is begun
         self._frozen = False  # the output is being copied, and must not change
@@ -116,8 +115,7 @@ class Session:
         self._pause_reading()
         self._watch_room(wanted=False)
         self._watch_stall(waiting=False)
-        if self._payload_stall is not None:
-            self._payload_stall.cancel()
+        self._memory.abandon()
         self._backlog.clear()
         self._output.clear()
         self._arena = None  # what the output pointed into goes with us
@@ -193,14 +191,14 @@ class Session:
         # libuv reports a reset once, perhaps together with the last bytes, and then watches no more. A reply would run
         # into the reset; where no request became complete there is none, so look again.
         received = 0
-        while not self._backlog and not self._stopping and self._provide_memory():
+        while not self._backlog and not self._stopping and self._memory.provide():
             if received > _PAYLOAD_PER_TURN:
                 self._resources.loop.call_soon(self._guard, self._read_on)
                 return
             try:
                 count = self._socket.recv_into(self._transmission.buffer())
             except (BlockingIOError, InterruptedError):
-                self._watch_payload()
+                self._memory.watch()
                 break
             except OSError as error:
                 self._end(str(error))
@@ -268,47 +266,6 @@ class Session:
         if waiting and seconds:
             self._stall = self._resources.loop.call_later(seconds, self._end, "client does not read its replies")
 
-    # Payloads that come into memory of their own.
-
-    def _provide_memory(self) -> bool:
-        """Give a payload the memory that it waits for; False when there is none for now (R-70)."""
-        length = self._transmission.wanted
-        if not length:
-            return True
-        if not self._pending.reserve_payload(length):
-            return False
-        if ARENA_SIZE // 2 <= length <= ARENA_SIZE:
-            self._memory = self._resources.borrow_arena()
-            self._transmission.provide(memoryview(self._memory)[:length])
-        else:
-            self._memory = None
-            self._transmission.provide(np.empty(length, dtype=np.uint8).data)  # clearing it would take a third more
-        self._payload_count += 1
-        return True
-
-    def _watch_payload(self) -> None:
-        """Nothing more has come for now: let a payload that stays unfinished not hold its memory for ever."""
-        seconds = self._resources.limits.reply_stall_seconds
-        missing = self._transmission.missing
-        if missing and self._payload_stall is None and seconds:
-            self._payload_stall = self._resources.loop.call_later(
-                seconds, self._guard, partial(self._judge_payload, self._payload_count, missing)
-            )
-
-    def _judge_payload(self, count: int, missing: int) -> None:
-        self._payload_stall = None
-        if self._reading and (self._payload_count, self._transmission.missing) == (count, missing):
-            self._end("client does not send the rest of a WRITE")
-        else:
-            self._watch_payload()
-
-    def _payload_done(self) -> None:
-        """The WRITE whose payload has memory of its own was answered at once."""
-        self._pending.payload_done()
-        if self._memory is not None:
-            self._resources.return_arena(self._memory)
-            self._memory = None
-
     # Serving.
 
     def _serve(self) -> None:
@@ -325,7 +282,7 @@ class Session:
                 if not self._pending.in_progress:
                     self._end(self._stopping)
                 return
-            if not self._held and self._provide_memory():
+            if not self._held and self._memory.provide():
                 self._resume_reading()
                 return
         self._pause_reading()
@@ -403,12 +360,12 @@ class Session:
                         backlog.popleft()
                         payloads.popleft()
                         if pending.payload:
-                            self._payload_done()
+                            self._memory.done()
                         if monotonic() - begun > BATCH_SECONDS:
                             inline = pace.inline_was_slow(monotonic())
                         continue
             if reply is None:
-                reply = self._answer(request)
+                reply = performer.answer(request)
             is_write = operation & COMMAND_MASK == _WRITE
             if reply is not None:
                 if position > queued:
@@ -418,7 +375,7 @@ class Session:
                 slow_replies += len(reply)
                 gathered += len(reply)
                 if is_write and pending.payload:
-                    self._payload_done()
+                    self._memory.done()
             elif not pending.admit(request, payloads[0] if is_write else None, inline=0 < length <= inline):
                 admitted = False
                 break
@@ -439,27 +396,6 @@ class Session:
         self.export.counters.done(_WRITE, writes, written)
         self._flush()
         return admitted
-
-    def _answer(self, request: RawRequest) -> bytes | None:
-        """The reply to a request that needs no disk; None for one that has to wait."""
-        _, operation, cookie, offset, length = request
-        transmission = self._transmission
-        command = operation & COMMAND_MASK
-        export = self.export
-        refusal = transmission.refusal(operation, offset, length)
-        if refusal is not None:
-            export.counters.refused(command)
-            return transmission.error_reply(cookie, refusal.errno, refusal.text)
-        reply = None
-        if command == _FLUSH:
-            reply = transmission.success_reply(cookie) if export.writing is None else None
-        elif not length:
-            reply = transmission.success_reply(cookie)
-        elif command == Command.BLOCK_STATUS and export.device.status_cached(offset, length):
-            reply = self._performer.status_or_error(request)
-        if reply is not None:
-            export.counters.done(command, 1, length if command != _FLUSH else 0)
-        return reply
 
     def _serve_again(self) -> None:
         """Serve when the other clients have had their turn."""
