@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nbdq.admin.arguments import parse
+from nbdq.admin.commands.bitmaps import BITMAP_ACTIONS
 from nbdq.admin.context import Context
 from nbdq.admin.registry import Reply, command
 from nbdq.admin.state import Changes, State
@@ -172,6 +173,7 @@ def _abort(context: Context, arguments: Abort) -> Action:
 ACTIONS: dict[str, tuple[type[Any], Callable[[Context, Any], Action]]] = {
     "blockdev-snapshot-sync": (Snapshot, snapshot_action),
     "abort": (Abort, _abort),
+    **BITMAP_ACTIONS,
 }
 
 
