@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nbdq.qcow2.bitmaps": {"nbdq.qcow2", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.qcow2.audit": {"nbdq.qcow2", "nbdq.storage", "nbdq.errors"},
     "nbdq.qcow2.writing": {"nbdq.qcow2", "nbdq.block", "nbdq.storage", "nbdq.errors"},
+    "nbdq.qcow2.amending": {"nbdq.qcow2", "nbdq.storage", "nbdq.errors"},
     "nbdq.nbd": {"nbdq.errors"},
     "nbdq.block": {"nbdq.storage", "nbdq.errors"},
     "nbdq.locks": {"nbdq.errors"},
