@@ -56,9 +56,7 @@ class Access:
 class Monitor:
     """Serves the admin socket. Owns the listener. Loop thread only."""
 
-    def __init__(
-        self, listener: Listener, context: Callable[[Peer], Context], access: Access, *, own_user: int
-    ) -> None:
+    def __init__(self, listener: Listener, context: Callable[[Peer], Context], access: Access) -> None:
         """``context`` makes what the commands of a peer get."""
         self._listener = listener
         self._context = context

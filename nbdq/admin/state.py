@@ -53,6 +53,8 @@ class DiskRecord:
 
     top: TopRecord | None = None
     """None: the image that the command line names."""
+    directories: list[str] = field(default_factory=list)
+    """Where tops of the disk have been: layers of the chain may lie there."""
     pending: list[str] = field(default_factory=list)
     """Overlays that were made but do not belong to the disk yet; removed at the next start if nothing uses them."""
     jobs: list[JobRecord] = field(default_factory=list)
@@ -74,8 +76,12 @@ class Changes:
     def set_top(self, name: str, path: str, format: str) -> None:
         """The image at ``path`` is the disk's top from now on, and no longer a pending overlay."""
         path = os.path.realpath(path)
-        top = None if path == self._keys[name] else TopRecord(path, format)
-        self._update(name, top=top, pending=[other for other in self._disk(name).pending if other != path])
+        pending = [other for other in self._disk(name).pending if other != path]
+        if path == self._keys[name]:
+            self._update(name, top=None, directories=[], pending=pending)
+        else:
+            directories = list(dict.fromkeys([*self._disk(name).directories, os.path.dirname(path)]))
+            self._update(name, top=TopRecord(path, format), directories=directories, pending=pending)
 
     def add_pending(self, name: str, path: str) -> None:
         """An overlay is about to be made at ``path``."""

@@ -28,6 +28,21 @@ class Size(click.ParamType[int]):
             self.fail(f"{value!r} is not a size; write bytes or a number with a suffix of k, M, G, T, P, E", param, ctx)
 
 
+class Mode(click.ParamType[int]):
+    """File mode in octal."""
+
+    name = "mode"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            mode = value if isinstance(value, int) else int(value, 8)
+        except ValueError:
+            mode = -1
+        if not 0 <= mode <= 0o777:
+            self.fail(f"{value!r} is not an octal file mode such as 0660", param, ctx)
+        return mode
+
+
 class Backing(click.ParamType[tuple[str, str] | None]):
     """FORMAT:PATH of one layer of an explicit chain, or ``none``."""
 

@@ -17,7 +17,7 @@ from nbdq.chain.bitmaps import find_bitmaps
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_disk, open_writable
 from nbdq.cli.logs import configure_logging
-from nbdq.cli.options import Size, chain_arguments, chain_options
+from nbdq.cli.options import Mode, Size, chain_arguments, chain_options
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.export import Export, Exports
@@ -28,21 +28,6 @@ from nbdq.server.writing import DetectZeroes
 from nbdq.storage import share_one_heap
 
 _log = logging.getLogger(__name__)
-
-
-class _Mode(click.ParamType[int]):
-    """File mode in octal."""
-
-    name = "mode"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            mode = value if isinstance(value, int) else int(value, 8)
-        except ValueError:
-            mode = -1
-        if not 0 <= mode <= 0o777:
-            self.fail(f"{value!r} is not an octal file mode such as 0660", param, ctx)
-        return mode
 
 
 @click.command("serve")
@@ -56,7 +41,7 @@ class _Mode(click.ParamType[int]):
     default=None,
     help=f"Listen on this TCP port; 0 chooses a free one.  [default: {DEFAULT_PORT}, unless --socket]",
 )
-@click.option("--socket-mode", type=_Mode(), default="0600", show_default=True, help="File mode of the unix socket.")
+@click.option("--socket-mode", type=Mode(), default="0600", show_default=True, help="File mode of the unix socket.")
 @click.option(
     "-x",
     "--export-name",

@@ -1,0 +1,115 @@
+"""Everything that a server needs to be administered, put together: state, policies, jobs and the socket.
+
+Before the disks are opened, :meth:`Administration.top_of` says which image is the top of each; then it is given the
+volumes, and goes on with the jobs that a former server had begun.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from nbdq.admin import commands
+from nbdq.admin.arguments import parse
+from nbdq.admin.checkpoints import Checkpoints
+from nbdq.admin.context import Context, Peer, Volumes
+from nbdq.admin.jobs import Jobs
+from nbdq.admin.monitor import Access, Monitor
+from nbdq.admin.policies import Policies
+from nbdq.admin.recovery import remove_pending_overlays
+from nbdq.admin.registry import COMMANDS
+from nbdq.admin.state import JobRecord, State
+from nbdq.chain.policy import Policy
+from nbdq.errors import NbdqError, printable
+from nbdq.server.export import Exports
+from nbdq.server.listener import Listener
+from nbdq.server.threads import in_thread
+from nbdq.server.volume import Volume
+
+_log = logging.getLogger(__name__)
+
+assert commands.__all__, "imported for the commands that it registers"
+
+
+class Administration:
+    """The administrators' side of a server. Owns the listener."""
+
+    def __init__(self, state: State, policies: Policies, listener: Listener | None, access: Access) -> None:
+        """Without a ``listener`` nobody can administer, but the state is kept."""
+        self._state = state
+        self._policies = policies
+        self._listener = listener
+        self._access = access
+
+    def top_of(self, name: str, image: str, *, format: str, policy: Policy) -> tuple[str, str, Policy]:
+        """The image to open for the disk ``name``, its format, and what its chain may consist of.
+
+        That is ``image`` itself, unless a former server took snapshots of it or committed it.
+        """
+        record = self._state.name_disk(name, image)
+        if record.top is None:
+            return image, format, policy
+        _log.info("%s: the top is %s", printable(image), printable(record.top.path))
+        known = (os.path.dirname(os.path.realpath(image)), *record.directories)
+        return record.top.path, record.top.format, replace(policy, roots=(*policy.roots, *known))
+
+    async def start(self, volumes: Iterable[Volume], exports: Exports, quit: Callable[[], None]) -> None:
+        """Let administrators in, and go on with what was begun; ``quit`` has the server stop.
+
+        Raises:
+            OSError: the state file cannot be written.
+        """
+        self._volumes = Volumes(volumes)
+        self._jobs = Jobs(self._state, self._emit)
+        self._context = Context(
+            volumes=self._volumes,
+            exports=exports,
+            jobs=self._jobs,
+            state=self._state,
+            policies=self._policies,
+            checkpoints=Checkpoints(),
+            emit=self._emit,
+            quit=quit,
+            peer=Peer(os.getpid(), os.geteuid(), os.getegid()),
+        )
+        self._monitor: Monitor | None = None
+        used = {os.path.realpath(layer.path) for volume in self._volumes for layer in volume.chain.layers}
+        for volume in self._volumes:
+            await in_thread(remove_pending_overlays, self._state, volume.name, used)
+            for job in self._state.disk(volume.name).jobs:
+                await self._start_again(volume, job)
+        if self._listener is not None:
+            self._monitor = Monitor(self._listener, self._context_of, self._access)
+            self._monitor.start()
+
+    async def stop(self) -> None:
+        """Let administrators go, stop jobs; those that persist go on with the next server. No thread is left."""
+        if self._monitor is not None:
+            await self._monitor.stop()
+        await self._jobs.stop()
+
+    def close(self) -> None:
+        """Close the socket; for a server that could not start."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def _context_of(self, peer: Peer) -> Context:
+        return replace(self._context, peer=peer)
+
+    def _emit(self, event: str, data: dict[str, object]) -> None:
+        if self._monitor is not None:
+            self._monitor.emit(event, data)
+
+    async def _start_again(self, volume: Volume, job: JobRecord) -> None:
+        """A job that cannot be started again is over, whatever it had done; the disk is whole in any case."""
+        try:
+            command = COMMANDS[job.command]
+            await command.run(self._context, parse(command.arguments, job.arguments, spell=str))
+            _log.info("job %s goes on", printable(job.id))
+        except (NbdqError, OSError, KeyError) as error:
+            _log.warning("job %s does not go on: %s", printable(job.id), error)
+            await in_thread(self._forget, volume.name, job.id)
+
+    def _forget(self, name: str, job_id: str) -> None:
+        with self._state.transaction() as changes:
+            changes.remove_job(name, job_id)

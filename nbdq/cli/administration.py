@@ -1,0 +1,115 @@
+"""The options of ``nbdq serve`` that let administrators in."""
+
+import grp
+import os
+import pwd
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from nbdq.admin.monitor import Access
+from nbdq.admin.policies import Policies
+from nbdq.admin.service import Administration
+from nbdq.admin.state import State
+from nbdq.cli.options import Mode
+from nbdq.errors import ExportError, printable
+from nbdq.server.listener import listen_unix
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _User(click.ParamType[int]):
+    """A user's name or number."""
+
+    name = "user"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else int(value) if value.isdigit() else pwd.getpwnam(value).pw_uid
+        except KeyError:
+            self.fail(f"there is no user {value!r}", param, ctx)
+
+
+class _Group(click.ParamType[int]):
+    """A group's name or number."""
+
+    name = "group"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else int(value) if value.isdigit() else grp.getgrnam(value).gr_gid
+        except KeyError:
+            self.fail(f"there is no group {value!r}", param, ctx)
+
+
+def administration_options(function: _Function) -> _Function:
+    """The options that :func:`open_administration` takes."""
+    for option in reversed(
+        (
+            click.option(
+                "--admin", type=click.Path(), help="Let administrators in on this unix socket (nbdq ctl, QMP)."
+            ),
+            click.option(
+                "--admin-mode",
+                type=Mode(),
+                default="0600",
+                show_default=True,
+                help="File mode of the admin socket.",
+            ),
+            click.option(
+                "--admin-user",
+                "admin_users",
+                type=_User(),
+                multiple=True,
+                help="A user who may administer, besides root and the user of the server; may be repeated.",
+            ),
+            click.option(
+                "--admin-group",
+                type=_Group(),
+                help="The group of the admin socket; its members may administer if --admin-mode lets them in.",
+            ),
+            click.option(
+                "--state",
+                type=click.Path(dir_okay=False),
+                help="Keep here which images are the tops of disks, and which jobs go on, for the next start.",
+            ),
+            click.option(
+                "--volume-policy",
+                type=click.Path(exists=True, dir_okay=False),
+                help="TOML file: what overlays look like in which directory, and which images are templates.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def open_administration(
+    *,
+    admin: str | None,
+    admin_mode: int,
+    admin_users: tuple[int, ...],
+    admin_group: int | None,
+    state: str | None,
+    volume_policy: str | None,
+) -> Administration:
+    """Listen for administrators, if there are to be any, and read what the last server left behind.
+
+    Raises:
+        ExportError: the socket cannot be made.
+        StateError, PolicyError, OSError: a file cannot be used.
+    """
+    policies = Policies() if volume_policy is None else Policies.load(volume_policy)
+    records = State(state)
+    access = Access(users=admin_users, groups=() if admin_group is None else (admin_group,))
+    if admin is None:
+        return Administration(records, policies, None, access)
+    listener = listen_unix(admin, mode=admin_mode)
+    try:
+        if admin_group is not None:
+            os.chown(admin, -1, admin_group)
+    except OSError as error:
+        listener.close()
+        raise ExportError(f"cannot give {printable(admin)} to group {admin_group}: {error.strerror}") from None
+    return Administration(records, policies, listener, access)
