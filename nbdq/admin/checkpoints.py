@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nbdq.admin.state import Changes
@@ -49,16 +49,25 @@ class Checkpoint:
 
     id: str
     members: Sequence[Member]
+    ended: set[str] = field(default_factory=set)
+    """Names of the disks that are no longer part of it."""
+
+    @property
+    def left(self) -> list[Member]:
+        """The disks that still are."""
+        return [member for member in self.members if member.volume.name not in self.ended]
 
 
 class Checkpoints:
-    """Those that have begun and not ended. Loop thread only."""
+    """Those that have begun and not ended."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Checkpoint] = {}
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        return iter(list(self._by_id.values()))
+        for checkpoint in list(self._by_id.values()):
+            if checkpoint.left:
+                yield checkpoint
 
     def add(self, checkpoint: Checkpoint) -> None:
         """Remember one that has begun."""
@@ -74,10 +83,10 @@ class Checkpoints:
         Raises:
             NotFound: there is none.
         """
-        try:
-            return self._by_id[id]
-        except KeyError:
-            raise NotFound(f"Checkpoint '{printable(id)}' not found") from None
+        checkpoint = self._by_id.get(id)
+        if checkpoint is None or not checkpoint.left:
+            raise NotFound(f"Checkpoint '{printable(id)}' not found")
+        return checkpoint
 
     def check_new(self, id: str, volumes: Sequence[Volume]) -> None:
         """Refuse a second checkpoint of that name, or of one of these disks.
@@ -88,7 +97,7 @@ class Checkpoints:
         for checkpoint in self:
             if checkpoint.id == id:
                 raise OperationError(f"Checkpoint '{printable(id)}' exists already; end it, or choose another name")
-            for member in checkpoint.members:
+            for member in checkpoint.left:
                 if member.volume in volumes:
                     raise OperationError(
                         f"disk '{printable(member.volume.name)}' is part of checkpoint '{printable(checkpoint.id)}';"

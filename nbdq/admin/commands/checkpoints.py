@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
 
 from nbdq.admin.checkpoints import Checkpoint, Member, PublishMoment, RotateBitmaps, overlay_path
 from nbdq.admin.commands.snapshots import SnapshotAction
 from nbdq.admin.context import Context
+from nbdq.admin.job import JobRequest
 from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.admin.transaction import Action, carry_out
 from nbdq.errors import OperationError
 from nbdq.nbd.constants import DIRTY_BITMAP
+from nbdq.ops.merge_back import MergeBack, Rotation
 from nbdq.ops.snapshot import SnapshotPlan
 
 #: It becomes part of file names.
@@ -77,6 +81,56 @@ async def begin(context: Context, arguments: BeginCheckpoint) -> Reply:
     return _described(checkpoint)
 
 
+@dataclass(frozen=True)
+class EndCheckpoint:
+    """Arguments of x-nbdq-checkpoint-end."""
+
+    id: str
+    success: bool = True
+    """Whether the backup is safe. If not, what had changed up to the checkpoint counts as changed still."""
+    mode: Literal["safe", "hard"] = "safe"
+    """Whether clients that still read the checkpoint are a reason to refuse, or are cut."""
+    speed: int = 0
+    """Bytes per second for each disk; 0 for no limit."""
+
+
+@command("x-nbdq-checkpoint-end", EndCheckpoint)
+async def end(context: Context, arguments: EndCheckpoint) -> Reply:
+    """End a checkpoint: remove its exports, and merge its overlays back, with a job for each disk."""
+    checkpoint = context.checkpoints.find(arguments.id)
+    if arguments.mode == "safe":
+        for member in checkpoint.left:
+            if any(export.id == member.export and export.clients for export in member.volume.exports):
+                raise OperationError(f"export '{member.export}' still in use; end it when its clients are gone")
+    jobs = []
+    for member in checkpoint.left:
+        for export in member.volume.exports:
+            if export.id == member.export:
+                member.volume.delete(export, hard=True)
+        request = JobRequest(
+            id=f"checkpoint-{checkpoint.id}-{member.volume.name}",
+            type="commit",
+            volume=member.volume,
+            command="x-nbdq-checkpoint-end",
+            arguments=asdict(arguments),
+            speed=arguments.speed,
+        )
+        job = await context.jobs.start(request, partial(_merge_back, checkpoint, member, succeeded=arguments.success))
+        jobs.append(job.id)
+    return {"jobs": jobs}
+
+
+def _merge_back(checkpoint: Checkpoint, member: Member, *, succeeded: bool) -> MergeBack:
+    return MergeBack(
+        member.volume.chain,
+        image=member.image,
+        overlay=member.overlay,
+        rotation=Rotation(member.frozen, member.successor),
+        succeeded=succeeded,
+        on_end=partial(checkpoint.ended.add, member.volume.name),
+    )
+
+
 @command("x-nbdq-query-checkpoints", NoArguments, changes=False)
 async def query(context: Context, arguments: NoArguments) -> Reply:
     """The checkpoints that have not ended."""
@@ -95,6 +149,6 @@ def _described(checkpoint: Checkpoint) -> dict[str, object]:
                 **({} if member.frozen is None else {"bitmap": member.frozen, "context": DIRTY_BITMAP + member.frozen}),
                 **({} if member.successor is None else {"new-bitmap": member.successor}),
             }
-            for member in checkpoint.members
+            for member in checkpoint.left
         ],
     }
