@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,8 @@ from nbdq.nbd.constants import DIRTY_BITMAP
 from nbdq.ops.merge_back import MergeBack, Rotation
 from nbdq.ops.snapshot import SnapshotPlan
 
+#: How often to look whether clients that were cut are gone.
+_POLL_SECONDS = 0.01
 #: It becomes part of file names.
 _WELL_FORMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", re.ASCII)
 
@@ -104,9 +107,7 @@ async def end(context: Context, arguments: EndCheckpoint) -> Reply:
                 raise OperationError(f"export '{member.export}' still in use; end it when its clients are gone")
     jobs = []
     for member in checkpoint.left:
-        for export in member.volume.exports:
-            if export.id == member.export:
-                member.volume.delete(export, hard=True)
+        await _remove_export(member)
         request = JobRequest(
             id=f"checkpoint-{checkpoint.id}-{member.volume.name}",
             type="commit",
@@ -118,6 +119,15 @@ async def end(context: Context, arguments: EndCheckpoint) -> Reply:
         job = await context.jobs.start(request, partial(_merge_back, checkpoint, member, succeeded=arguments.success))
         jobs.append(job.id)
     return {"jobs": jobs}
+
+
+async def _remove_export(member: Member) -> None:
+    """On return nobody reads the image any more, which is about to change."""
+    for export in member.volume.exports:
+        if export.id == member.export:
+            member.volume.delete(export, hard=True)
+            while export.clients:
+                await asyncio.sleep(_POLL_SECONDS)
 
 
 def _merge_back(checkpoint: Checkpoint, member: Member, *, succeeded: bool) -> MergeBack:
