@@ -5,25 +5,26 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePath
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 import uvloop
 
-from nbdq.block import BlockDevice, WritableBlockDevice
-from nbdq.chain.bitmaps import find_bitmaps
+from nbdq.admin.service import Administration
 from nbdq.chain.clusters import ClusterCache
-from nbdq.chain.open import open_disk, open_writable
+from nbdq.cli.administration import administration_options, open_administration
 from nbdq.cli.logs import configure_logging
-from nbdq.cli.options import Mode, Size, chain_arguments, chain_options
+from nbdq.cli.options import CHAIN_OPTIONS, Mode, Size, chain_arguments, chain_options
+from nbdq.cli.volumes import export_names, one_each, open_volumes
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import DEFAULT_PORT
-from nbdq.server.export import Export, Exports
+from nbdq.server.export import Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
+from nbdq.server.volume import Volume, Wish
 from nbdq.server.writing import DetectZeroes
 from nbdq.storage import share_one_heap
 
@@ -96,6 +97,7 @@ _log = logging.getLogger(__name__)
     help="Clients that an export takes at once; 0 for no limit.",
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
+@administration_options
 @click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect.")
 @click.option(
     "--log-format",
@@ -126,13 +128,15 @@ def serve_command(
     pid_file: str | None,
     log_format: str,
     verbose: int,
-    **chain: Any,
+    **options: Any,
 ) -> None:
     """Serve each IMAGE, with its whole chain, as an NBD export.
 
     Clients can write to IMAGE, never to what is below it. Prints the URI of each export when clients can connect.
     SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
+    chain = {name: value for name, value in options.items() if name in CHAIN_OPTIONS}
+    administration = {name: value for name, value in options.items() if name not in CHAIN_OPTIONS}
     configure_logging(verbosity=verbose, log_format=log_format)
     share_one_heap()
     if len(images) > 1 and (chain["backing"] or snapshot or bitmaps):
@@ -140,72 +144,40 @@ def serve_command(
     if detect_zeroes == DetectZeroes.UNMAP and discard == "ignore":
         raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
     limits = Limits()
-    clusters = ClusterCache(budget=limits.inflated_bytes)
-    read_only = read_only or snapshot is not None or chain["force_share"]
-    about: dict[str, Any] = {"allocation_depth": allocation_depth, "maximum_connections": shared}
-    writing: dict[str, Any] = {"discard": discard == "unmap", "detect_zeroes": DetectZeroes(detect_zeroes)}
-    opening: dict[str, Any] = {
-        "clusters": clusters,
-        "index_budget": limits.index_bytes // len(images),
-        **chain_arguments(**chain),
-    }
-    read: list[BlockDevice] = []
-    written: list[tuple[str, WritableBlockDevice]] = []
-    try:
-        exports = []
-        texts = _one_each("--description", descriptions, images, default=[""] * len(images))
-        for image, name, text in zip(images, _export_names(names, images), texts, strict=True):
-            if read_only:
-                layers = open_disk(image, snapshot=snapshot, **opening)
-                read.append(layers)
-                about["bitmaps"] = find_bitmaps(layers, bitmaps)
-                exports.append(Export.read_only(name, layers, description=text, **about))
-            else:
-                disk = open_writable(image, write_threshold=write_threshold, on_event=_log.warning, **opening)
-                written.append((image, disk))
-                about["bitmaps"] = find_bitmaps(disk, bitmaps)
-                exports.append(Export.writable(name, disk, description=text, **about, **writing))
-        directory = Exports(exports)
+    texts = one_each("--description", descriptions, images, default=[""] * len(images))
+    wishes = [
+        Wish(
+            id=name,
+            name=name,
+            description=text,
+            writable=not (read_only or snapshot is not None or chain["force_share"]),
+            bitmaps=bitmaps,
+            allocation_depth=allocation_depth,
+            maximum_connections=shared,
+            discard=discard == "unmap",
+            detect_zeroes=DetectZeroes(detect_zeroes),
+        )
+        for name, text in zip(export_names(names, images), texts, strict=True)
+    ]
+    directory = Exports()
+    with (
+        closing(open_administration(**administration)) as administrators,
+        open_volumes(
+            images,
+            wishes,
+            directory,
+            clusters=ClusterCache(budget=limits.inflated_bytes),
+            top_of=administrators.top_of,
+            snapshot=snapshot,
+            index_budget=limits.index_bytes // len(images),
+            write_threshold=write_threshold,
+            on_event=_log.warning,
+            **chain_arguments(**chain),
+        ) as volumes,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
         listeners = _listen(socket, bind, port, socket_mode)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(directory, listeners, limits, pid_file))
-    finally:
-        clusters.close()  # first, because it may be reading the disks
-        for unchanged in read:
-            unchanged.close()
-        _save(written)
-
-
-def _save(disks: list[tuple[str, WritableBlockDevice]]) -> None:
-    """Make everything durable that was written, and close (R-76).
-
-    Raises:
-        ExportError: some disk could not be saved; all are closed nevertheless.
-    """
-    failures = []
-    for path, disk in disks:
-        try:
-            try:
-                disk.flush()
-            finally:
-                disk.close()
-        except OSError as error:
-            failures.append(f"{printable(path)}: what was written last may be lost: {error.strerror or error}")
-    if failures:
-        raise ExportError("; ".join(failures))
-
-
-def _export_names(names: tuple[str, ...], images: tuple[str, ...]) -> list[str]:
-    default = [""] if len(images) == 1 else [PurePath(image).stem for image in images]
-    return _one_each("--export-name", names, images, default=default)
-
-
-def _one_each(option: str, values: tuple[str, ...], images: tuple[str, ...], *, default: list[str]) -> list[str]:
-    if not values:
-        return default
-    if len(values) != len(images):
-        raise click.UsageError(f"{option} is given {len(values)} times for {len(images)} images; give one for each")
-    return list(values)
+        runner.run(_serve(directory, volumes, administrators, listeners, limits, pid_file))
 
 
 def _listen(socket: str | None, bind: str | None, port: int | None, socket_mode: int) -> list[Listener]:
@@ -222,19 +194,30 @@ def _listen(socket: str | None, bind: str | None, port: int | None, socket_mode:
     return listeners
 
 
-async def _serve(exports: Exports, listeners: list[Listener], limits: Limits, pid_file: str | None) -> None:
+async def _serve(
+    exports: Exports,
+    volumes: list[Volume],
+    administrators: Administration,
+    listeners: list[Listener],
+    limits: Limits,
+    pid_file: str | None,
+) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     server = Server(exports, listeners, limits)
-    server.start()
     try:
-        with _process_id_in(pid_file):
-            for listener in listeners:
-                for info in exports.list():
-                    print(listener.uri(info.name), flush=True)
-            await stop.wait()
+        await administrators.start(volumes, exports, stop.set)
+        try:
+            server.start()
+            with _process_id_in(pid_file):
+                for listener in listeners:
+                    for info in exports.list():
+                        print(listener.uri(info.name), flush=True)
+                await stop.wait()
+        finally:
+            await administrators.stop()
     finally:
         await server.stop()
 
