@@ -115,6 +115,7 @@ class DirtyBitmaps:
         self._in_file: list[Stored] = []
         self._trackers: list[DirtyBits] = []
         self._marked: tuple[DirtyBits, ...] | None = None  # replaced as a whole, so that marking needs no lock
+        self._is_stored = True
         self._lock = threading.RLock()
         """Which bitmaps there are, and what they are; not their bits."""
 
@@ -164,6 +165,7 @@ class DirtyBitmaps:
         assert self._marked is None, "bitmaps are in use already"
         declare_in_use(storage, header, self._in_file)
         with self._lock:
+            self._is_stored = False
             self._marked = ()
             self._choose_marked()
         return header
@@ -187,13 +189,15 @@ class DirtyBitmaps:
 
         No guest write may be under way. After this, successful or not, :meth:`begin_writing` comes before the next
         one. What the image no longer needs is freed with its next flush. Bitmaps without news keep their clusters.
+        What is stored already is not stored again; what could not be, is tried again.
 
         Raises:
             OSError: ENOSPC or a failed medium. In the file the bitmaps are still in use, or not believed; here they
                 are as before.
         """
-        assert self._marked is not None, "bitmaps are not in use"
         with self._lock:
+            if self._is_stored:
+                return
             self._marked = None
             self._in_file = store_bitmaps(image, self._bitmaps, self._in_file)
             by_name = {stored.entry.name: stored for stored in self._in_file}
@@ -201,6 +205,7 @@ class DirtyBitmaps:
                 each.stored = by_name.get(each.name)
                 if each.stored is not None and each.bits is not None:
                     each.bits.changed = False
+            self._is_stored = True
 
     def forget_removed(self, image: MetadataImage) -> None:
         """Make durable that bitmaps were removed: the file lists them no more, not even as inconsistent.
