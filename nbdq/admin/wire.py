@@ -23,6 +23,8 @@ _TOKENS_MAX = 1 << 16
 _OUTSIDE = re.compile(rb'["{}\[\]\x00-\x08\x0b\x0c\x0e-\x1f\xff]')
 _INSIDE = re.compile(rb'["\x00-\x1f\xff]|\\[^\x00-\x1f\xff]?')
 _BLANKS = re.compile(rb"[ \t\r\n]*")
+#: What stands between requests and should not: as much as is one mistake.
+_STRAY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\xff]+|[^\n\x00-\x08\x0b\x0c\x0e-\x1f\xff]+")
 _OPENING, _CLOSING = (b"{", b"["), (b"}", b"]")
 
 #: The level of QEMU whose commands are offered.
@@ -90,11 +92,14 @@ class Parser:
             assert blank is not None  # it matches nothing, too
             del buffer[: blank.end()]
             if buffer and buffer[0] != ord("{"):
-                line = buffer.find(b"\n")
-                return self._stray(0, len(buffer) if line < 0 else line + 1)
+                stray = _STRAY.match(buffer)
+                assert stray is not None  # it matches everything that is not blank
+                return self._stray(0, stray.end())
         while token := (_INSIDE if self._in_string else _OUTSIDE).search(buffer, self._scanned):
             kind = token[0]
             if kind == b"\\":
+                if token.end() < len(buffer):
+                    return self._stray(token.start(), token.end() + 1)
                 break  # what it escapes has not come yet
             self._scanned = token.end()
             if kind == b'"':
