@@ -25,7 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"),
         "nbdq.nbd.constants",  # the number of the port; only the server speaks NBD
     },
-    "nbdq.admin": {"nbdq.server", "nbdq.ops", "nbdq.chain", "nbdq.qcow2", "nbdq.block", "nbdq.storage", "nbdq.errors"},
+    "nbdq.admin": {
+        *("nbdq", "nbdq.server", "nbdq.ops", "nbdq.chain", "nbdq.qcow2"),
+        *("nbdq.block", "nbdq.storage", "nbdq.errors"),
+    },
     "nbdq.server": {"nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.ops": {"nbdq.chain", "nbdq.qcow2", "nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.chain": {"nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},

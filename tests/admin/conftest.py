@@ -8,7 +8,7 @@ import pytest
 from tests.admin.laboratory import AdminServer
 
 
-@pytest.fixture()
+@pytest.fixture
 def server(tmp_path: Path) -> Iterator[AdminServer]:
     """A monitor on a socket; what nobody expected fails the test."""
     with AdminServer(tmp_path) as server:

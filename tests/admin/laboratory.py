@@ -93,10 +93,9 @@ class PaperOperation:
 class PaperMirror(PaperOperation):
     """One that gets ready, and waits to be completed."""
 
-    on_ready: Callable[[], None]
-
     def __init__(self, volume: PaperVolume, *, pieces: int, fails: dict[str, Exception]) -> None:
         super().__init__(volume, pieces=pieces, fails=fails)
+        self.on_ready: Callable[[], None] = lambda: None
         self._wanted = threading.Event()
 
     def complete(self) -> None:
@@ -129,7 +128,7 @@ class StartJob:
 class AdminServer:
     """A loop in a thread of its own with an admin socket; see :meth:`client`."""
 
-    def __init__(self, directory: Path, *, state: str | None = None, access: Access = Access()) -> None:
+    def __init__(self, directory: Path, *, state: str | None = None, access: Access | None = None) -> None:
         self.path = str(directory / "admin")
         self.image = str(directory / "disk.qcow2")
         self.volumes = [PaperVolume("disk", self.image), PaperVolume("other", str(directory / "other.qcow2"))]
@@ -138,7 +137,7 @@ class AdminServer:
         for volume in self.volumes:
             self.state.name_disk(volume.name, volume.layers[0].path)
         self.context: Context | None = None
-        self._access = access
+        self._access = access or Access()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 

@@ -1,6 +1,7 @@
 """The admin socket as its clients see it: QEMU's own library, hostile ones, and many at once."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -116,10 +117,8 @@ def test_a_client_that_sent_garbage_can_go_on(server: AdminServer, garbage: byte
 )
 def test_a_request_without_end_ends_its_connection_and_no_other(server: AdminServer, flood: bytes) -> None:
     with server.client() as other, _negotiated(server) as sock:
-        try:
+        with contextlib.suppress(OSError):  # cut off in the middle
             sock.sendall(flood)
-        except OSError:
-            pass  # cut off in the middle
         received = b""
         try:
             while data := sock.recv(1 << 16):
@@ -269,9 +268,7 @@ def test_a_change_is_logged_with_the_user_and_a_question_is_not(
 def test_the_server_stops_while_clients_are_connected(server: AdminServer) -> None:
     with server.client() as client:
         client.call("quit")
-        with pytest.raises(AdminError, match="closed"):
-            while True:
-                client.call("query-name")
+        assert list(client.events()) == []  # until the connection is closed
     assert not os.path.exists(server.path)
 
 
