@@ -43,6 +43,18 @@ class AmendOptions:
     data_file_raw: bool | None = None
 
 
+def is_amended(header: Header, options: AmendOptions) -> bool:
+    """Whether the image is what ``options`` say already."""
+    present = AmendOptions(
+        version=header.version,
+        refcount_bits=1 << header.refcount_order,
+        lazy_refcounts=Compatible.LAZY_REFCOUNTS in header.compatible,
+        data_file_name=header.data_file_name,
+        data_file_raw=header.data_file_raw,
+    )
+    return all(wanted in (None, getattr(present, name)) for name, wanted in vars(options).items())
+
+
 def check_options(storage: FileStorage, header: Header, options: AmendOptions) -> None:
     """See whether an image can become what ``options`` say. Reads tables of snapshots and bitmaps, changes nothing.
 
