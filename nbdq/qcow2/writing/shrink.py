@@ -29,7 +29,6 @@ def shrink(image: WritableImage, zeroing: Zeroing, size: int) -> None:
     if image.bitmaps is not None:
         image.bitmaps.resize(size)
     try:
-        image.flush()  # from here on a medium that is full does not matter
         image.update_header(replace(image.header, size=size))
     except BaseException:
         if image.bitmaps is not None:
