@@ -249,7 +249,8 @@ def test_a_bitmap_that_is_nowhere_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     create(path, Shape(M, 65536, (65536,)))
     assert "Bitmap 'b0' is not found" in refusal("-B", "b0", path)
-    assert "Bitmap 'b0' is not found" in execute("qemu-nbd", "-r", "-f", "qcow2", "-B", "b0", path).stderr
+    command = ["qemu-nbd", "-r", "-f", "qcow2", "-k", tmp_path / "socket", "-B", "b0", path]
+    assert "Bitmap 'b0' is not found" in execute(*command).stderr
 
 
 def test_what_clients_write_is_dirty_at_once_and_still_after_the_server_has_ended(tmp_path: Path) -> None:
