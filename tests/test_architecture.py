@@ -94,7 +94,7 @@ RESERVED: dict[str, set[str]] = {
     # Who deals with files deals with paths; nobody else does. A server owns the files of its sockets.
     "os": {
         *("nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", "nbdq.chain.create"),
-        *("nbdq.chain.marker", "nbdq.ops.preflight", "nbdq.ops.snapshot", *SHELL),
+        *("nbdq.chain.marker", "nbdq.ops.preflight", "nbdq.ops.snapshot", "nbdq.ops.repoint", *SHELL),
     },
     "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", "nbdq.ops.preflight", *SHELL},
     "io": {"nbdq.cli"},

@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer
-from nbdq.ops.commit import BaseWriter, check_range, move_mark
+from nbdq.ops.commit import check_range, move_mark
 from nbdq.ops.control import Control
 from nbdq.ops.preflight import check_no_overlays
 from nbdq.ops.transfer import Transfer
+from nbdq.ops.written import WrittenLayer
 from nbdq.qcow2.bitmaps.bits import DirtyBits
 from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from nbdq.qcow2.writing.writable import WritableImage
@@ -61,7 +62,7 @@ class ActiveCommit:
         self._position = 0
         self._pending: list[tuple[int, int]] = []
         """Ranges whose bits were cleared, and which have not been copied since."""
-        self._writer: BaseWriter | None = None
+        self._writer: WrittenLayer | None = None
         self._transfer: Transfer | None = None
         self._image: WritableImage | None = None
         self._dirty: DirtyBits | None = None
@@ -110,7 +111,7 @@ class ActiveCommit:
         device = chain.device
         assert isinstance(device, OverlayDisk), "a raw disk lies over nothing"
         base = [layer.storage for layer in chain.layers].index(self._base)
-        self._writer = BaseWriter(chain, base, size=device.size)
+        self._writer = WrittenLayer(chain, base, size=device.size)
         self._image = device.top
         self._dirty = _bitmaps(self._image).track(_GRANULARITY_BITS)
         self._image.barrier()  # now nobody is left who does not mark
@@ -161,7 +162,7 @@ class ActiveCommit:
     def finish(self) -> None:
         """Close the layers that have dropped out; their files stay as they are."""
         assert self._writer is not None
-        self._writer.lower.release()
+        self._writer.release()
         self._chain.drop(self._out)
 
     def abort(self) -> None:

@@ -8,16 +8,16 @@ Copying a second time what was copied already is harmless; so a commit can be be
 """
 
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from time import monotonic
 
-from nbdq.chain.live import LiveChain, LowerLayer, WritableDisk
+from nbdq.chain.live import LiveChain, WritableDisk
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.errors import OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.ops.preflight import check_no_overlays
 from nbdq.ops.repoint import Repoint
 from nbdq.ops.transfer import Transfer
+from nbdq.ops.written import WrittenLayer
 from nbdq.qcow2.header_area import set_overlay_marker
 
 #: How much may be copied, and how many seconds may pass, before what was copied is made durable.
@@ -43,42 +43,6 @@ def check_range(chain: LiveChain, *, top: int, base: int) -> None:
     if base < top:
         names = f"{printable(layers[base].path, 1024)} lies above {printable(layers[top].path, 1024)}"
         raise OperationError(f"{names}; exchange base and top")
-
-
-class BaseWriter:
-    """The base of a commit, open for writing beside the running disk."""
-
-    def __init__(self, chain: LiveChain, index: int, *, size: int) -> None:
-        """Open layer ``index``, and make it ``size`` bytes large if it is smaller; durable on return.
-
-        Raises:
-            ImageError: it is in use by somebody else, or cannot be written to.
-            OSError: it cannot be read or written, or cannot grow.
-        """
-        self.lower: LowerLayer = chain.begin_writing(index)
-        self._chain = chain
-        try:
-            if self.disk.size < size:
-                self.disk.grow(size)
-        except BaseException:
-            with suppress(OSError):
-                self.lower.release()
-            raise
-
-    @property
-    def disk(self) -> WritableDisk:
-        return self.lower.disk
-
-    def give_up(self) -> None:
-        """Release it, with whatever was written. The disk is drained.
-
-        Raises:
-            OSError: it may not be durable; that harms nobody.
-        """
-        try:
-            self._chain.rearrange(self._chain.layers)  # the running disk forgets the places that become free now
-        finally:
-            self.lower.release()
 
 
 class Commit:
@@ -125,7 +89,7 @@ class Commit:
         self._position = start
         self._on_durable = on_durable
         self._transfer: Transfer | None = None
-        self._writer: BaseWriter | None = None
+        self._writer: WrittenLayer | None = None
 
     def run(self, control: Control) -> None:
         """Copy; everything is durable on return.
@@ -154,7 +118,7 @@ class Commit:
         storages = [layer.storage for layer in chain.layers]
         top, base = storages.index(self._top), storages.index(self._base)
         source = chain.slice(top, base)
-        self._writer = BaseWriter(chain, base, size=source.size)
+        self._writer = WrittenLayer(chain, base, size=source.size)
         target = self._writer.disk
         # What is behind the end of the layers that go was hidden by that end (S1).
         if source.size < min(self._visible, target.size):
@@ -180,7 +144,7 @@ class Commit:
         assert self._writer is not None
         try:
             move_mark(self._writer.disk, self._repoint.path)
-            self._writer.lower.release()
+            self._writer.release()
         finally:
             self._repoint.drop()
 

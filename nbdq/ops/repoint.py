@@ -109,6 +109,11 @@ def backing_name(layer: ResolvedLayer, base: ResolvedLayer) -> str:
     return os.path.abspath(base.path) if _is_same(os.path.abspath(base.path), base) else os.path.realpath(base.path)
 
 
+def real_path(path: str) -> str:
+    """Where ``path`` leads, links followed."""
+    return os.path.realpath(path)
+
+
 def _is_same(path: str, layer: ResolvedLayer) -> bool:
     try:
         status = os.stat(path)
