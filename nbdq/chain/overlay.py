@@ -10,6 +10,7 @@ tables without the lock, under a pin of their own (see :class:`nbdq.qcow2.writin
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbdq.block import Kind, Piece, Status
 from nbdq.chain.clusters import ClusterCache
@@ -24,12 +25,14 @@ from nbdq.qcow2.entries import (
     READS_ZERO,
     SUBCLUSTERS,
 )
+from nbdq.qcow2.snapshots import Snapshot
 from nbdq.qcow2.writing.compressed import CompressedWrites
 from nbdq.qcow2.writing.epochs import NEVER
 from nbdq.qcow2.writing.growth import grow
 from nbdq.qcow2.writing.guest_reads import GuestReads
 from nbdq.qcow2.writing.guest_writes import GuestWrites
 from nbdq.qcow2.writing.inline_writes import InlineWrites
+from nbdq.qcow2.writing.internal_snapshots import apply_snapshot
 from nbdq.qcow2.writing.mapping import L2Table
 from nbdq.qcow2.writing.populate import Populate
 from nbdq.qcow2.writing.shrink import shrink
@@ -333,6 +336,13 @@ class OverlayDisk:
             shrink(self.top, self._zeroing, size)
         finally:
             self._below_size = min(self._below_size, self.size)
+
+    def apply_snapshot(self, snapshot: Snapshot) -> NDArray[np.uint64]:
+        """Go back to an internal snapshot; see :func:`nbdq.qcow2.writing.internal_snapshots.apply_snapshot`."""
+        unused = apply_snapshot(self.top, snapshot)
+        if self.below is not None:
+            self._below_size = min(self.below.size, self.size)
+        return unused
 
     def make_empty(self) -> None:
         """Let the top hold nothing, so that the disk reads as what is below; the caller has drained it.

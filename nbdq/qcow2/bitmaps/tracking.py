@@ -237,6 +237,11 @@ class DirtyBitmaps:
                 each.bits is None,
             )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no bitmaps, and no jobs that track."""
+        return not self._bitmaps and not self._trackers
+
     def find(self, name: str) -> DirtyBits | None:
         """The bits of the bitmap called ``name``; None if there is no such bitmap. They stay the same object.
 

@@ -166,6 +166,11 @@ class Allocator:
         self._free[:0] = [run for run in reversed(runs) if run.clusters > 0]
         self._next_block += 1
 
+    def search_again(self) -> None:
+        """Clusters have become free that were searched already."""
+        self._free.clear()
+        self._next_block = 0
+
     def claim(self, first: int, count: int) -> None:
         """Clusters behind all that were searched are in use now, and counted (A4)."""
         self._fresh_from = max(self._fresh_from, first + count)

@@ -37,6 +37,11 @@ class ProtectedClusters:
         self._removed.update(range(first, first + count))
         self.added.difference_update(range(first, first + count))
 
+    def clusters(self) -> NDArray[np.uint64]:
+        """All of them, ascending."""
+        removed, added = (np.fromiter(some, np.uint64) for some in (self._removed, self.added))
+        return np.union1d(np.setdiff1d(self._initial, removed), added)
+
     def overlaps(self, first: int, count: int) -> bool:
         """Whether any of ``count`` clusters from ``first`` is protected."""
         low, high = bisect_left(self._sorted, first), bisect_left(self._sorted, first + count)

@@ -6,8 +6,8 @@ describes itself and nothing else has to exist for it (A3). Everything belongs u
 """
 
 import errno
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,9 +204,7 @@ class Refcounts:
             changes.append((number, block, slots, counts + added.astype(np.uint64)))
         for number, block, slots, counts in changes:
             self._blocks[number] = block  # it may have had to make room for those behind it
-            self._dirty.add(number)
-            block.values[slots] = counts
-            block.touch(int(slots[0]), int(slots[-1] - slots[0]) + 1)
+            self._put(number, slots, counts)
 
     def too_many_references(self) -> OSError:
         """What is said when a cluster would get more references than can be counted."""
@@ -301,6 +299,74 @@ class Refcounts:
         first, count = old.offset // self._cluster_size, len(old.words) * 8 // self._cluster_size
         self._protected.remove(first, count)
         return first, count
+
+    # Changing many at once; see nbdq.qcow2.writing.switch.
+
+    def counts(self, cluster_count: int) -> NDArray[Any]:
+        """The refcounts of the first ``cluster_count`` clusters; a copy.
+
+        Raises:
+            BrokenRefcounts, OSError: as :meth:`block`.
+            MemoryError: there is none for so many.
+        """
+        counts = Table.empty(0, (cluster_count << self._order) + 7 >> 3, self._order).values[:cluster_count]
+        for number in range(-(-cluster_count // self.block_clusters)):
+            if self.has_block(number):
+                part = counts[number << self._block_bits : number + 1 << self._block_bits]
+                part[:] = self.block(number).values[: len(part)]
+        return counts
+
+    def blocks_that_differ(self, old: NDArray[Any], new: NDArray[Any]) -> set[int]:
+        """The numbers of the blocks whose clusters have other counts in ``new`` than in ``old``."""
+        blocks = range(0, len(old), self.block_clusters)
+        return {
+            start >> self._block_bits
+            for start in blocks
+            if not np.array_equal(old[start : start + self.block_clusters], new[start : start + self.block_clusters])
+        }
+
+    def assign(self, numbers: Iterable[int], old: NDArray[Any], new: NDArray[Any]) -> None:
+        """Take over what differs between ``old`` and ``new`` in existing blocks; other clusters keep their counts.
+
+        Raises:
+            BrokenRefcounts, OSError: as :meth:`block`.
+        """
+        for number in numbers:
+            place = slice(number << self._block_bits, number + 1 << self._block_bits)
+            slots = np.flatnonzero(old[place] != new[place])
+            self._put(number, slots, new[place][slots])
+
+    def clear(self, clusters: NDArray[np.uint64]) -> None:
+        """Clusters of one existing block, ascending, have no reference any more.
+
+        Raises:
+            BrokenRefcounts, OSError: as :meth:`block`.
+        """
+        self._put(int(clusters[0]) >> self._block_bits, clusters & np.uint64(self.block_clusters - 1), 0)
+
+    def _put(self, number: int, slots: NDArray[Any], counts: NDArray[Any] | int) -> None:
+        block = self.block(number)
+        block.values[slots] = counts
+        block.touch(int(slots[0]), int(slots[-1] - slots[0]) + 1)
+        self._dirty.add(number)
+
+    def changed_in_place(self) -> set[int]:
+        """Blocks that differ from those that the file has in their places."""
+        return {number for number in self._dirty if not self._blocks[number].is_new}
+
+    def move(self, places: dict[int, int], *, table_offset: int) -> list[int]:
+        """Let blocks that have changed, by number, and the table be written to new places; the old ones of the blocks.
+
+        The file must not name the new places before all of that is written (:meth:`take`) and durable.
+        """
+        old = []
+        for number, offset in places.items():
+            block = self._blocks[number]
+            old.append(block.offset)
+            block.offset, block.is_new = offset, True
+            self.table.set(number, offset)
+        self.table.offset, self.table.is_new = table_offset, True
+        return old
 
     @property
     def needs_flush(self) -> bool:

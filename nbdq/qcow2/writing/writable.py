@@ -48,6 +48,11 @@ class Bitmaps(Protocol):
         """The guest range is about to change; called before its first byte does."""
         ...
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody wants to know."""
+        ...
+
     def resize(self, size: int) -> None:
         """The disk is about to have, or has now, ``size`` bytes; no request is under way beyond either size.
 
@@ -103,7 +108,7 @@ class WritableImage:
         self.reader = Qcow2Image(storage, header, data=data)
         """For what is read from the file alone: compressed clusters."""
         self.on_event = on_event
-        self._punch = punch and not header.has_data_file
+        self.punches = punch and not header.has_data_file
 
         length = header.l1_size * 8
         l1 = Table.parse(header.l1_table_offset, storage.read(header.l1_table_offset, length).ljust(length, b"\0"))
@@ -288,7 +293,7 @@ class WritableImage:
         open_cluster = self.packing // self.cluster_size
         if any(first <= open_cluster < first + clusters for first, clusters, _ in released):
             self.packing = 0
-        if self._punch:
+        if self.punches:
             for first, clusters, _ in released:
                 self.storage.punch(first * self.cluster_size, clusters * self.cluster_size)
 
