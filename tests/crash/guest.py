@@ -7,6 +7,7 @@ request did that is not durable; nothing else.
 
 import errno
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -21,16 +22,27 @@ from tests.crash.stamps import ZEROS, Values, stamped
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Image(Protocol):
+    """The image that a disk writes to."""
+
+    @property
+    def cluster_size(self) -> int: ...
+
+
 class Disk(Protocol):
     """As much of a :class:`nbdq.block.WritableBlockDevice` as a guest uses that only writes, and reads at the end."""
 
     @property
     def size(self) -> int: ...
+    @property
+    def top(self) -> Image: ...
     def read_into(self, offset: int, view: memoryview) -> None: ...
     def write_cached(self, offset: int, view: memoryview) -> bool: ...
     def write(self, offset: int, view: memoryview) -> None: ...
     def zero(self, offset: int, length: int, *, unmap: bool) -> None: ...
     def discard(self, offset: int, length: int) -> None: ...
+    def populate(self, offset: int, length: int) -> int: ...
+    def write_compressed(self, offset: int, data: bytes) -> bool: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
@@ -44,6 +56,13 @@ class Verb(Enum):
     ZERO_MAPPED = "zero, keeping space"
     DISCARD = "discard"
     FLUSH = "flush"
+    # Not a guest's, but of operations that go on meanwhile.
+    POPULATE = "populate"
+    COMPRESS = "store a compressed cluster"
+
+
+_CHANGING_NOTHING = (Verb.FLUSH, Verb.POPULATE)
+_WRITING = (Verb.WRITE, Verb.COMPRESS)
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +133,9 @@ class History:
     def allowed(self, cut: int) -> "Allowed":
         """What every sector may hold after a crash at ``cut``."""
         promise = self.promise(cut)
-        issued = [request for request in self.requests if request.issued <= cut and request.verb is not Verb.FLUSH]
+        issued = [
+            request for request in self.requests if request.issued <= cut and request.verb not in _CHANGING_NOTHING
+        ]
         key = (promise, len(issued))
         if key not in self._cache:
             self._cache.clear()  # cuts come in order
@@ -123,7 +144,7 @@ class History:
 
     def allowed_now(self) -> "Allowed":
         """What every sector may hold while nothing crashes and nothing is under way."""
-        return Allowed(self._initial, [each for each in self.requests if each.verb is not Verb.FLUSH], NEVER)
+        return Allowed(self._initial, [each for each in self.requests if each.verb not in _CHANGING_NOTHING], NEVER)
 
 
 class Allowed:
@@ -143,7 +164,7 @@ class Allowed:
         untouched = np.flatnonzero(settled == 0)
         self._table[self._row(initial[untouched]), untouched] = True
         for request in requests:
-            value = request.number if request.verb is Verb.WRITE else ZEROS
+            value = request.number if request.verb in _WRITING else ZEROS
             self._table[self._row(np.int64(value)), request.sectors] |= settled[request.sectors] <= request.answered
 
     def _row(self, values: Values | np.int64) -> NDArray[np.intp]:
@@ -169,6 +190,8 @@ class Habits:
     zero_mapped: int = 4
     discard: int = 8
     flush: int = 15
+    populate: int = 0
+    compress: int = 0
     largest: int = 128
     """Sectors of the longest request."""
     aligned_to: int = 1
@@ -200,7 +223,10 @@ class Guest:
     def step(self, *, cached: bool) -> None:
         """Make one request."""
         habits, generator = self._habits, self._generator
-        weights = (habits.write, habits.zero, habits.zero_mapped, habits.discard, habits.flush)
+        weights = (
+            *(habits.write, habits.zero, habits.zero_mapped, habits.discard, habits.flush),
+            *(habits.populate, habits.compress),
+        )
         verb = generator.choices(tuple(Verb), weights)[0]
         if verb is Verb.FLUSH:
             self.carry_out(self._history.begin(verb), cached=cached)
@@ -213,6 +239,9 @@ class Guest:
 
     def _place(self, verb: Verb) -> tuple[int, int]:
         habits, generator = self._habits, self._generator
+        if verb is Verb.COMPRESS:
+            count = self._disk.top.cluster_size // SECTOR
+            return generator.randrange(self._sectors // count) * count, count
         if habits.sequential and verb is Verb.WRITE:
             count = min(generator.choice((8, 16, habits.largest)), self._sectors - self._head)
             first, self._head = self._head, (self._head + count) % self._sectors
@@ -246,6 +275,12 @@ class Guest:
                     self._disk.discard(offset, length)
                 case Verb.FLUSH:
                     self._disk.flush()
+                case Verb.POPULATE:
+                    self._disk.populate(offset, length)
+                case Verb.COMPRESS:
+                    data = stamped(request.number, request.first_sector, request.sector_count)
+                    stream = zlib.compressobj(1, wbits=-12)
+                    self._disk.write_compressed(offset, stream.compress(data) + stream.flush())
         except OSError as error:
             if error.errno not in FULL:
                 raise

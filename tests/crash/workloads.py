@@ -157,6 +157,8 @@ _SMALL = Habits(largest=16, aligned_to=8)
 _TRIMMING = Habits(write=45, zero=12, zero_mapped=6, discard=25, flush=12, largest=48, aligned_to=8, hot=0.4)
 _RUDE = Habits(write=40, zero=4, zero_mapped=4, discard=24, flush=28, largest=16, aligned_to=8, rude=0.9)
 _BUSY = Habits(largest=24, aligned_to=8, hot=0.3)
+_POPULATING = Habits(write=35, discard=6, populate=30, largest=64, aligned_to=8)
+_PACKING = Habits(write=20, zero=5, discard=15, compress=45, largest=24, aligned_to=8, hot=0.5)
 
 WORKLOADS = (
     Workload("small requests", habits=_SMALL),
@@ -321,6 +323,48 @@ WORKLOADS = (
         Habits(largest=24, discard=10),
         threads=4,
         requests=120,
+    ),
+    Workload("populating", (Layer(filled=0.7), Layer(filled=0.3)), _POPULATING),
+    Workload("populating, with a snapshot", (Layer(filled=0.7), Layer(filled=0.5, snapshot=True)), _POPULATING),
+    Workload(
+        "populating version 2",
+        (Layer(filled=0.6), Layer("cluster_size=4k,compat=0.10", filled=0.3)),
+        _POPULATING,
+    ),
+    Workload(
+        "populating subclusters",
+        (Layer(filled=0.6), Layer("cluster_size=32k,extended_l2=on", filled=0.2)),
+        _POPULATING,
+        size=1024 * KIB,
+    ),
+    Workload(
+        "populating on a full medium",
+        (Layer(filled=0.8), Layer("cluster_size=512,refcount_bits=64")),
+        _POPULATING,
+        size=256 * KIB,
+        room=60 * KIB,
+    ),
+    Workload(
+        "several at once, populating",
+        (Layer(filled=0.6), Layer("cluster_size=16k,extended_l2=on", filled=0.3)),
+        replace(_POPULATING, rude=0.5),
+        size=256 * KIB,
+        threads=4,
+        requests=200,
+    ),
+    Workload("storing compressed clusters", (Layer(filled=0.4),), _PACKING, requests=160),
+    Workload(
+        "storing compressed clusters with refcounts of two bits",
+        (Layer("cluster_size=4k,refcount_bits=2", filled=0.5, compressed=True),),
+        _PACKING,
+    ),
+    Workload(
+        "several at once, storing compressed clusters",
+        (Layer(filled=0.7), Layer(filled=0.3, snapshot=True)),
+        replace(_PACKING, populate=10, rude=0.5),
+        size=128 * KIB,
+        threads=4,
+        requests=240,
     ),
 )
 
