@@ -1,6 +1,7 @@
 """Rebase: a layer comes to lie over another chain, and the disk reads the same (4.9)."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from nbdq.chain.live import LiveChain
 from nbdq.chain.open import read_only_layer
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer, backing_path
-from nbdq.errors import OperationError, printable
+from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.ops.fill import Filling
 from nbdq.ops.repoint import Repoint, real_path
@@ -68,6 +69,9 @@ class Rebase(Filling):
         if not chain.gate.admits(real_path(self._path)):
             what = f"{printable(self._path, 1024)} lies outside the allowed directories"
             raise OperationError(f"{what}; allow its directory with --allow-backing DIR")
+        with suppress(NotFound):
+            if chain.index_of(self._path) <= index:
+                raise _loop(self._path)
         self._new: ChainDisk | None = None
         self._open: Stretches | None = None
         self._buffers = new_buffer(_PIECE), new_buffer(_PIECE)
@@ -124,6 +128,10 @@ class Rebase(Filling):
         for group in np.split(clusters, breaks):
             first, last = int(group[0]), int(group[-1])
             yield max(start, base + first * size), min(end, base + (last + 1) * size)
+
+
+def _loop(path: str) -> OperationError:
+    return OperationError(f"{printable(path, 1024)} would lie over itself; choose another backing file")
 
 
 def _reads_zero(disk: ChainDisk | None, start: int, end: int) -> bool:
