@@ -2,25 +2,34 @@
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
 
-from nbdq.chain.create import Identity, create_qcow2, create_raw, inspect_backing
+from nbdq.chain.create import create_qcow2, create_raw, inspect_backing
 from nbdq.chain.policy import Policy
 from nbdq.chain.resolve import backing_path
-from nbdq.cli.options import Size
+from nbdq.cli.option_lists import (
+    VERSIONS,
+    Option,
+    boolean,
+    number,
+    one_of,
+    parse_option,
+    parse_options,
+    print_options,
+    size_value,
+    split_options,
+)
 from nbdq.errors import ImageError, NbdqError, printable
 from nbdq.qcow2.create import CreateOptions, Preallocation
 from nbdq.qcow2.features import CompressionType
 from nbdq.qcow2.fields import MAGIC
-from nbdq.storage import FileStorage
+from nbdq.storage import FileStorage, Identity
 
 _logger = logging.getLogger(__name__)
 
-_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _COMPRESSION = {"zlib": CompressionType.DEFLATE, "zstd": CompressionType.ZSTD}
 _PREALLOCATION = {mode.value: mode for mode in Preallocation}
 _FORMATS = {"qcow2": "qcow2", "raw": "raw"}
@@ -33,93 +42,46 @@ _FIELDS = {
 }
 _UNUSED = ("encryption", "nocow", "extent_size_hint")
 _NO_ENCRYPTION = "nbdq does not make encrypted images; use qemu-img, or encrypt inside the guest"
-_BOOLEANS = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
-
-
-def _size(text: str) -> int:
-    try:
-        size = Size().convert(text, None, None)
-    except click.BadParameter as error:
-        raise NbdqError(error.message) from None
-    if size < 0:
-        raise NbdqError(f"{printable(text)!r} is negative")
-    return size
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise NbdqError(f"{printable(text)!r} is not a number") from None
-
-
-def _one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
-    def choose(text: str) -> Any:
-        if text not in choices:
-            raise NbdqError(f"{printable(text)!r} is none of {', '.join(choices)}")
-        return choices[text]
-
-    return choose
-
-
-def _boolean(text: str) -> bool:
-    if text not in _BOOLEANS:
-        raise NbdqError(f"{printable(text)!r} is neither on nor off")
-    return _BOOLEANS[text]
 
 
 def _unencrypted(text: str) -> bool:
-    if _boolean(text):
+    if boolean(text):
         raise NbdqError(_NO_ENCRYPTION)
     return False
 
 
-@dataclass(frozen=True)
-class _Option:
-    """One name that ``-o`` takes; ``kind`` is its type in the words of qemu-img's help."""
-
-    kind: str
-    parse: Callable[[str], Any]
-    help: str
-    default: str | None = None
-    """What is announced where nothing is said; as qemu-img, which does not do that for all options."""
-
-
-_HINT = _Option("bool (on/off)", _boolean, "Accepted; a hint to file systems that nbdq does not pass on")
-_SIZE = _Option("size", _size, "Bytes of the disk")
-_PREALLOCATED = _Option("str", _one_of(_PREALLOCATION), "How much of the image is there at once")
+_HINT = Option("bool (on/off)", boolean, "Accepted; a hint to file systems that nbdq does not pass on")
+_SIZE = Option("size", size_value, "Bytes of the disk")
+_PREALLOCATED = Option("str", one_of(_PREALLOCATION), "How much of the image is there at once")
 
 #: In the order in which qemu-img announces them.
-_OPTIONS: dict[str, dict[str, _Option]] = {
+_OPTIONS: dict[str, dict[str, Option]] = {
     "qcow2": {
-        "encryption": _Option("bool (on/off)", _unencrypted, "Must be off"),
-        "cluster_size": _Option("size", _size, "Bytes of a cluster", "65536"),
-        "extended_l2": _Option("bool (on/off)", _boolean, "Divide clusters into 32 subclusters", "off"),
+        "encryption": Option("bool (on/off)", _unencrypted, "Must be off"),
+        "cluster_size": Option("size", size_value, "Bytes of a cluster", "65536"),
+        "extended_l2": Option("bool (on/off)", boolean, "Divide clusters into 32 subclusters", "off"),
         "preallocation": _PREALLOCATED,
-        "compression_type": _Option("str", _one_of(_COMPRESSION), "Of compressed clusters: zlib or zstd", "zlib"),
+        "compression_type": Option("str", one_of(_COMPRESSION), "Of compressed clusters: zlib or zstd", "zlib"),
         "size": _SIZE,
-        "compat": _Option("str", _one_of(_VERSIONS), "QCOW2 version: 0.10 (v2) or 1.1 (v3)"),
-        "backing_file": _Option("str", str, "The image below"),
-        "backing_fmt": _Option("str", _one_of(_FORMATS), "Format of the image below"),
-        "data_file": _Option("str", str, "A file of its own for the guest's data"),
-        "data_file_raw": _Option("bool (on/off)", _boolean, "The data file is a raw image of the disk"),
-        "lazy_refcounts": _Option("bool (on/off)", _boolean, "Refcounts may be updated late", "off"),
-        "refcount_bits": _Option("num", _number, "Width of a refcount", "16"),
+        "compat": Option("str", one_of(VERSIONS), "QCOW2 version: 0.10 (v2) or 1.1 (v3)"),
+        "backing_file": Option("str", str, "The image below"),
+        "backing_fmt": Option("str", one_of(_FORMATS), "Format of the image below"),
+        "data_file": Option("str", str, "A file of its own for the guest's data"),
+        "data_file_raw": Option("bool (on/off)", boolean, "The data file is a raw image of the disk"),
+        "lazy_refcounts": Option("bool (on/off)", boolean, "Refcounts may be updated late", "off"),
+        "refcount_bits": Option("num", number, "Width of a refcount", "16"),
         "nocow": _HINT,
-        "extent_size_hint": _Option("size", _size, _HINT.help),
+        "extent_size_hint": Option("size", size_value, _HINT.help),
     },
     "raw": {
         "size": _SIZE,
         "nocow": _HINT,
-        "preallocation": _Option(
+        "preallocation": Option(
             "str",
-            _one_of({name: mode for name, mode in _PREALLOCATION.items() if name != "metadata"}),
+            one_of({name: mode for name, mode in _PREALLOCATION.items() if name != "metadata"}),
             _PREALLOCATED.help,
         ),
-        "extent_size_hint": _Option("size", _size, _HINT.help),
+        "extent_size_hint": Option("size", size_value, _HINT.help),
     },
 }
 
@@ -157,20 +119,20 @@ def create_command(
 
     SIZE may have a suffix of k, M, G, T, P or E. What exists is overwritten, unless it is in use.
     """
-    words = _split_options(options)
+    words = split_options(options)
     if "help" in words or "?" in words:
-        _print_help(format)
+        print_options("Supported options:", _OPTIONS[format])
         return
     if file is None:
         raise click.UsageError("Missing argument 'FILE'.")
-    texts, values = _parse_options(words, format)
+    texts, values = parse_options(words, _OPTIONS[format], partial(_unknown, format))
     if size is not None and "size" in values:
         raise NbdqError("the image size must be specified only once: as SIZE, or with -o size")
     for name, text in (("size", size), ("backing_file", backing), ("backing_fmt", backing_format)):
         if text is not None:
             if name not in _OPTIONS[format]:
                 raise NbdqError(f"{format} images have no backing file; leave out -b and -F, or use -f qcow2")
-            texts[name], values[name] = text, _parse(name, _OPTIONS[format][name], text)
+            texts[name], values[name] = text, parse_option(name, _OPTIONS[format][name], text)
     # The chain must still be one that can be opened when the new image is its top; a guest may be writing to it.
     policy = Policy(roots=allow_backing, max_depth=Policy.max_depth - 1, force_share=True)
     keep = _settle_backing(file, values, policy, unsafe=unsafe)
@@ -179,6 +141,12 @@ def create_command(
     make = _make_qcow2 if format == "qcow2" else _make_raw
     announcement = f"Formatting '{file}', fmt={format} {_announced(format, texts, values)}"
     make(file, values, keep, announcement="" if quiet else announcement)
+
+
+def _unknown(format: str, name: str) -> NbdqError:
+    if name.startswith("encrypt."):
+        return NbdqError(f"{printable(name)}: {_NO_ENCRYPTION}")
+    return NbdqError(f"invalid parameter {printable(name)!r}; see nbdq create -f {format} -o help")
 
 
 def _make_qcow2(file: str, values: dict[str, Any], keep: frozenset[Identity], *, announcement: str) -> None:
@@ -239,44 +207,6 @@ def _format_hint(file: str, name: str) -> str:
     return f"if it is {likely}, say -F {likely}"
 
 
-def _split_options(lists: tuple[str, ...]) -> list[str]:
-    """The single words of all ``-o`` lists; two commas stand for one that belongs to a value."""
-    words: list[str] = []
-    for text in lists:
-        parts = text.replace(",,", "\0").split(",")  # no argument contains a NUL
-        if not all(parts):
-            raise NbdqError(f"invalid option list {printable(text)!r}: there is nothing before or after a comma")
-        words += (part.replace("\0", ",") for part in parts)
-    return words
-
-
-def _parse_options(words: list[str], format: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What every option says, as text and as value; of several with one name the last one counts."""
-    texts, values = {}, {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals:  # a boolean by itself, or with "no" before it
-            text = "on"
-            if name not in _OPTIONS[format] and name.startswith("no"):
-                name, text = name[2:], "off"
-        option = _OPTIONS[format].get(name)
-        if option is None and name.startswith("encrypt."):
-            raise NbdqError(f"{printable(name)}: {_NO_ENCRYPTION}")
-        if option is None:
-            raise NbdqError(f"invalid parameter {printable(name)!r}; see nbdq create -f {format} -o help")
-        if not equals and not option.kind.startswith("bool"):
-            raise NbdqError(f"{name} needs a value: {name}=...")
-        texts[name], values[name] = text, _parse(name, option, text)
-    return texts, values
-
-
-def _parse(name: str, option: _Option, text: str) -> Any:
-    try:
-        return option.parse(text)
-    except NbdqError as error:
-        raise NbdqError(f"{name}: {error}") from None
-
-
 def _announced(format: str, texts: dict[str, str], values: dict[str, Any]) -> str:
     """The options as qemu-img prints them, to be read by the programs that read that."""
     shown = []
@@ -286,9 +216,3 @@ def _announced(format: str, texts: dict[str, str], values: dict[str, Any]) -> st
         elif (text := texts.get(name, option.default)) is not None:
             shown.append(f"{name}={text.replace(',', ',,')}")
     return " ".join(shown)
-
-
-def _print_help(format: str) -> None:
-    print("Supported options:")
-    for name, option in sorted(_OPTIONS[format].items()):
-        print(f"  {f'{name}=<{option.kind}>':<22} - {option.help}")
