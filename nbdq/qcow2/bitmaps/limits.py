@@ -1,6 +1,7 @@
 """What a new bitmap must keep to: QEMU's limits (Q68), checked in QEMU's order and told in its words."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nbdq.errors import OperationError, printable
 from nbdq.qcow2.bitmaps.bits import packed_length
@@ -12,11 +13,14 @@ from nbdq.qcow2.bitmaps.directory import (
     entry_length,
 )
 from nbdq.qcow2.bitmaps.storing import DirtyBitmap
-from nbdq.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS
+from nbdq.qcow2.extensions import MAX_BITMAP_DIRECTORY, MAX_BITMAPS, BitmapsExtension
+from nbdq.qcow2.format import Header, build_area
 
 #: Memory for the bits of all bitmaps of one image, as much as QEMU allows for a single one (Q68). Where nothing was
 #: ever written bits take none.
 MAX_MEMORY = 512 << 20
+
+_SECTOR = 512
 
 #: log2 of the granularities between which QEMU chooses.
 _DEFAULT_BITS = range(12, 17)
@@ -53,22 +57,31 @@ def check_new_bitmap(bitmaps: Sequence[DirtyBitmap], name: str, granularity_bits
         raise OperationError("Too much space will be occupied by the bitmap. Use larger granularity")
 
 
-def check_persistence(bitmaps: Sequence[DirtyBitmap], name: str, *, path: str, version: int) -> None:
-    """See that the image at ``path`` can keep one more bitmap.
+def check_persistence(bitmaps: Sequence[DirtyBitmap], name: str, *, path: str, header: Header) -> None:
+    """See that the image at ``path``, with this header, can keep one more bitmap.
 
     Raises:
         OperationError: it cannot.
     """
     kept = [each.name for each in bitmaps if each.is_persistent]
-    if version < 3:
+    if header.version < 3:
         problem = "Cannot store dirty bitmaps in qcow2 v2 files"  # (Q71)
     elif len(kept) >= MAX_BITMAPS:
         problem = "Maximum number of persistent bitmaps is already reached"
     elif sum(map(entry_length, [*kept, name])) > MAX_BITMAP_DIRECTORY:
         problem = "Not enough space in the bitmap directory"
+    elif not _has_room(header):
+        problem = "Not enough space in the header"
     else:
         return
     raise OperationError(f"Can't make bitmap '{printable(name)}' persistent in '{printable(path)}': {problem}")
+
+
+def _has_room(header: Header) -> bool:
+    """Whether the header can name a directory: extensions are in its first sector, the backing name there or behind."""
+    needed = len(build_area(replace(header, bitmaps=BitmapsExtension(1, 0, 0)), feature_names=0))
+    name = len((header.backing_name or "").encode("utf-8", "surrogateescape"))
+    return needed <= _SECTOR and (needed + name <= _SECTOR or _SECTOR + name <= header.cluster_size)
 
 
 def _length(name: str) -> int:

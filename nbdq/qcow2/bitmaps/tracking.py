@@ -109,8 +109,7 @@ class DirtyBitmaps:
         """No bitmaps yet, of the image at ``path``; :meth:`begin_writing` comes before the first mark."""
         self.size = header.guest_size
         self._path = path
-        self._version = header.version
-        self._cluster_bits = header.cluster_bits
+        self._header = header
         self._bitmaps: list[DirtyBitmap] = []
         self._in_file: list[Stored] = []
         self._trackers: list[DirtyBits] = []
@@ -272,11 +271,11 @@ class DirtyBitmaps:
             OperationError: there is one of that name, the image cannot keep it, or a limit of QEMU is passed (Q68).
         """
         if granularity_bits is None:
-            granularity_bits = default_granularity_bits(self._cluster_bits)
+            granularity_bits = default_granularity_bits(self._header.cluster_bits)
         with self._lock:
             check_new_bitmap(self._bitmaps, name, granularity_bits, size=self.size)
             if persistent:
-                check_persistence(self._bitmaps, name, path=self._path, version=self._version)
+                check_persistence(self._bitmaps, name, path=self._path, header=self._header)
             bits = DirtyBits(self.size, granularity_bits)
             bits.changed = True  # nothing is stored yet
             new = DirtyBitmap(name, granularity_bits, bits, is_enabled=not disabled, is_persistent=persistent)

@@ -203,6 +203,22 @@ def test_version_2_cannot_keep_bitmaps_but_have_them() -> None:
     assert dirty(bitmaps, "b0") == [(0, 1)]
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"data_file_name": "x" * 380},
+        {"cluster_bits": 9, "backing_name": "x" * 350, "backing_format": "qcow2"},
+    ],
+)
+def test_a_header_without_room_for_a_directory_is_found_out_before_the_end(header: dict[str, object]) -> None:
+    """Else the bitmap would be lost when the image is closed."""
+    _, bitmaps = empty(minimal_header(size=SIZE, **header))
+    with pytest.raises(
+        OperationError, match=r"Can't make bitmap 'b0' persistent in '.*': Not enough space in the header"
+    ):
+        bitmaps.add("b0", persistent=True)
+
+
 def test_bits_that_would_need_too_much_memory_are_refused() -> None:
     _, bitmaps = empty(minimal_header(size=2 << 40))
     bitmaps.add("b0", granularity_bits=9)  # all of the memory
