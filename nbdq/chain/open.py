@@ -16,7 +16,7 @@ from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import ResolvedLayer, resolve_chain
 from nbdq.errors import UnsupportedImage
 from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
-from nbdq.qcow2.bitmaps.tracking import take_over_bitmaps
+from nbdq.qcow2.bitmaps.takeover import take_over_bitmaps
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.snapshots import check_snapshot, find_snapshot, iterate_snapshots, read_snapshots

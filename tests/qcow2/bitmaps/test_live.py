@@ -8,7 +8,8 @@ import pytest
 
 from nbdq.errors import NotFound, OperationError
 from nbdq.qcow2.bitmaps.directory import read_bitmaps
-from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps, Undo, take_over_bitmaps
+from nbdq.qcow2.bitmaps.takeover import take_over_bitmaps
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps, Undo
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import Header, read_header
 from nbdq.storage import FileStorage

@@ -11,7 +11,8 @@ import pytest
 
 from nbdq.errors import CorruptImage, ExportError, ImageError, InvalidImage, UnsupportedImage
 from nbdq.qcow2.bitmaps.directory import read_bitmaps
-from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps, take_over_bitmaps
+from nbdq.qcow2.bitmaps.takeover import take_over_bitmaps
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from nbdq.qcow2.features import Autoclear
 from nbdq.qcow2.format import Header, build_header, read_header
 from nbdq.storage import Data, FileStorage

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nbdq.qcow2.bitmaps.tracking import take_over_bitmaps
+from nbdq.qcow2.bitmaps.takeover import take_over_bitmaps
 from nbdq.qcow2.create import Preallocation
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage
