@@ -83,13 +83,13 @@ def open_volumes(
     volumes: list[Volume] = []
     try:
         for image, wish, name in zip(images, wishes, volume_names(wishes, images), strict=True):
-            top = image, format, policy
-            if snapshot is None:  # that is one of IMAGE, whatever lies over it
-                top = top_of(name, image, format=format, policy=policy)
+            top = top_of(name, image, format=format, policy=policy)
+            if snapshot is not None:
+                top = image, format, policy  # of which it is a snapshot, whatever lies over it now
             if top[0] != image and backing is not None:
                 raise ExportError(
-                    f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk, but --backing "
-                    "says what is below the former; leave it out, or name the new top as IMAGE"
+                    f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk; --backing says "
+                    "what is below the former; leave it out, or name the new top as IMAGE"
                 )
             chain = LiveChain.open(
                 top[0],
