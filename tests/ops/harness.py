@@ -58,9 +58,17 @@ class Gate:
 class Served:
     """A chain that is open as a server has it."""
 
-    def __init__(self, path: Path, *, format: str = "qcow2", options: tuple[str, ...] | list[str] = (), **more: Any):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        format: str = "qcow2",
+        options: tuple[str, ...] | list[str] = (),
+        cluster_budget: int = 8 << 20,
+        **more: Any,
+    ) -> None:
         """``options`` are those of ``nbdq serve``."""
-        self.clusters = ClusterCache(budget=8 << 20)
+        self.clusters = ClusterCache(budget=cluster_budget)
         self.events: list[str] = []
         roots = tuple(value for option, value in itertools.pairwise(options) if option == "--allow-backing")
         policy = Policy(roots=roots, allow_data_file="--allow-data-file" in options)

@@ -41,7 +41,15 @@ def chain(directory: Path, *options: str, raw: bool = False) -> list[Path]:
 
 def upgrade(disk: Served, *, rules: ChainRules | None = None, told: list[str] | None = None, **more: Any) -> Amend:
     lines = [] if told is None else told
-    return Amend(disk.chain, AmendOptions(version=3), name="disk", whole_chain=rules, on_progress=lines.append, **more)
+    return Amend(
+        disk.chain,
+        AmendOptions(version=3),
+        name="disk",
+        whole_chain=rules,
+        on_layer=lines.append,
+        audit=lines.append,
+        **more,
+    )
 
 
 def compat(path: Path) -> str:
@@ -154,7 +162,8 @@ def test_a_failure_halfway_leaves_every_layer_whole_and_the_disk_in_service(tmp_
             AmendOptions(refcount_bits=64),
             name="disk",
             whole_chain=ChainRules(),
-            on_progress=told.append,
+            on_layer=told.append,
+            audit=told.append,
         )
         operation.run(Control())
         full = OSError(errno.ENOSPC, "No space left on device")

@@ -276,6 +276,29 @@ class TestEnds:
             make(disk.chain)
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_what_becomes_free_in_the_base_is_not_used_again_while_the_disk_may_know_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    monkeypatch.setattr("nbdq.ops.commit._DURABLE_BYTES", 1)
+    pieces = tuple(f"write {number * 64 + 4}k 4k" for number in range(64))
+    image = _chain(tmp_path, Layer("4M", ("compress 0 4M",)), Layer("4M", pieces, "cluster_size=4k"), Layer("4M"))
+    with Served(image.top, cluster_budget=1) as disk:
+        before = disk.read()
+        operation = Commit(disk.chain, top=1, base=2)
+        operation.run(Control())
+        assert disk.read() == before  # by the index from before the commit
+        if not is_cancelled:
+            with disk.gate.drained():
+                operation.pivot()
+            operation.finish()
+        else:
+            disk.give_up(operation)
+        assert disk.read() == before
+    assert qemu_reads(image.top) == before
+    check(image.paths[0])
+
+
 def test_nonsense_is_refused_in_words(tmp_path: Path) -> None:
     image = _chain(tmp_path, *_THREE)
     with served(image) as disk:
