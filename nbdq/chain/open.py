@@ -48,8 +48,6 @@ def open_disk(
     """
     resolved = resolve_chain(path, format=format, policy=policy, backing=backing)
     with _closing_on_failure(resolved):
-        if resolved[0].header is None and snapshot is not None:
-            raise UnsupportedImage(path, "a raw image has no internal snapshots", "leave out --load-snapshot")
         return ChainDisk(_layers(resolved, snapshot), clusters=clusters, index_budget=index_budget)
 
 
@@ -156,6 +154,8 @@ def read_only_layer(layer: ResolvedLayer, snapshot: str | None = None) -> Layer:
         ImageError: directories are broken, or there is no such snapshot.
     """
     if layer.header is None:
+        if snapshot is not None:
+            raise UnsupportedImage(layer.path, "a raw image has no internal snapshots", "leave out --load-snapshot")
         return RawImage(layer.storage)
     _check_directories(layer.storage, layer.header)
     chosen = None

@@ -24,7 +24,7 @@ def open_view(chain: LiveChain, view: View) -> ChainDisk:
 
     Raises:
         NotFound: the layer is not, or no longer, part of the chain.
-        OperationError: the layer is the top, which changes; or it is raw, and has no snapshots.
+        OperationError: the layer is the top, which changes.
         ImageError: there is no such snapshot, or it cannot be believed.
     """
     index = chain.index_of(view.layer) if view.layer is not None else 0
@@ -33,8 +33,6 @@ def open_view(chain: LiveChain, view: View) -> ChainDisk:
         if index == 0 and not chain.read_only:
             raise OperationError(f"{printable(chain.path, 1024)} is being written to; export the disk itself")
         return chain.slice(index, len(layers) - 1)
-    if layers[index].header is None:
-        raise OperationError(f"{printable(layers[index].path, 1024)} is raw, and has no internal snapshots")
     shown = read_only_layer(layers[index], view.snapshot)
     below = chain.slice(index + 1, len(layers) - 1).layers if index + 1 < len(layers) else []
     return ChainDisk([shown, *below], clusters=chain.clusters)

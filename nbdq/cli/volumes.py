@@ -88,8 +88,8 @@ def open_volumes(
                 top = image, format, policy  # of which it is a snapshot, whatever lies over it now
             if top[0] != image and backing is not None:
                 raise ExportError(
-                    f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk; --backing says "
-                    "what is below the former; leave it out, or name the new top as IMAGE"
+                    f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk; --backing "
+                    "says what is below the former; leave it out, or name the new top as IMAGE"
                 )
             chain = LiveChain.open(
                 top[0],
