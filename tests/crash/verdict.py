@@ -44,6 +44,8 @@ class Fault(Enum):
     """The engine raised what it must not raise."""
     UNREPAIRABLE = "unrepairable"
     """Repair does not help, or changes what the guest reads."""
+    UNTIDY = "untidy"
+    """Something is left behind that nobody will ever use or remove."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,259 @@
+"""Guests that work on served disks before, while and after an administrator changes them, and what they were told."""
+
+import asyncio
+import random
+import traceback
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from nbdq.admin.registry import Reply
+from nbdq.ops import active_commit, commit, transfer
+from nbdq.ops.control import Control
+from nbdq.server.volume import Volume
+from tests.crash.guest import Allowed, Guest, History, Verb
+from tests.crash.live.scenario import Prepared
+from tests.crash.live.server import Server
+from tests.crash.live.tree import TreeRecorder
+from tests.crash.recorder import NEVER, SECTOR
+from tests.crash.stamps import Values, read_stamps
+from tests.crash.verdict import Fault, Finding, compare
+
+#: How far the numbers of one disk's stamps are from those of the next one.
+_NUMBERS = 100_000
+_RECOVERED_REQUESTS = 8
+
+
+class Front:
+    """A disk as clients see it: whatever is its device now."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+
+    @property
+    def size(self) -> int:
+        return self._volume.chain.device.size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._volume.chain.device, name)
+
+
+@dataclass
+class Epoch:
+    """A guest's history until everything on the disk is exchanged at once."""
+
+    history: History
+    begun: int = 0
+    ended: int = NEVER
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What happened to a directory, and what guests and administrators were told."""
+
+    recorder: TreeRecorder
+    epochs: Mapping[str, list[Epoch]]
+    replies: list[tuple[int, dict[str, str]]]
+    """From that moment on these images are the tops of disks."""
+    begun: int
+    """When the operation was ordered."""
+    finding: Finding | None
+    """What went wrong without any crash; the rest is worth nothing then."""
+    story: list[str] = field(default_factory=list)
+
+    def promises(self) -> list[int]:
+        """The moments at which less is allowed."""
+        flushes = [
+            request.answered
+            for epochs in self.epochs.values()
+            for epoch in epochs
+            for request in epoch.history.requests
+            if request.verb is Verb.FLUSH and request.answered != NEVER and not request.failed
+        ]
+        return [*flushes, *(moment for moment, _ in self.replies)]
+
+    def allowed(self, name: str, cut: int) -> list[Allowed]:
+        """What a disk may hold after a crash at ``cut``: all of it as one of these says."""
+        return [epoch.history.allowed(cut) for epoch in self.epochs[name] if epoch.begun <= cut <= epoch.ended]
+
+    def promise(self, cut: int) -> tuple[int, ...]:
+        """Equal for two cuts after which the same is allowed, given that the states are the same."""
+        histories = [
+            epoch.history.promise(cut)
+            for epochs in self.epochs.values()
+            for epoch in epochs
+            if epoch.begun <= cut <= epoch.ended
+        ]
+        return (*histories, sum(moment <= cut for moment, _ in self.replies))
+
+    def tops(self, name: str, cut: int) -> list[str]:
+        """What may be the top of a disk by then; empty if nobody was told anything yet."""
+        said = [(moment, tops[name]) for moment, tops in self.replies if name in tops]
+        if not any(moment <= cut for moment, _ in said):
+            return []
+        known = sum(moment <= cut for moment, _ in said)
+        return [top for _, top in said[known - 1 :]]
+
+
+class Stage:
+    """One run of a scenario."""
+
+    def __init__(self, prepared: Prepared, recorder: TreeRecorder, generator: random.Random) -> None:
+        self.directory = prepared.directory
+        self.scenario = prepared.scenario
+        self.generator = generator
+        self.server: Server
+        self.replies: list[tuple[int, dict[str, str]]] = []
+        self.begun = 0
+        self._recorder = recorder
+        self._drained: list[Volume] = []
+        self._is_working = False
+        self.epochs: dict[str, list[Epoch]] = {}
+        for number, (name, initial) in enumerate(prepared.initial.items()):
+            first = max(_NUMBERS * (number + 1), int(initial.max()) + 100)
+            self.epochs[name] = [Epoch(History(recorder, initial, first_number=first))]
+
+    # For scenarios.
+
+    def path(self, name: str) -> str:
+        """The absolute path of an image."""
+        return str(self.directory / name)
+
+    async def order(self, name: str, **arguments: Any) -> Reply:
+        """As :meth:`Server.order`, with some more of the guests' requests afterwards."""
+        reply = await self.server.order(name, **arguments)
+        self.guests(2)
+        return reply
+
+    def replied(self, **tops: str) -> None:
+        """The administrator knows that these images are the tops of the disks from now on."""
+        self.replies.append((self._recorder.tick(), tops))
+
+    def guests(self, count: int, *, only: str | None = None) -> None:
+        """Let the guests of all disks that are served make some requests."""
+        if self._is_working:
+            return
+        self._is_working = True
+        try:
+            for name, volume in self.server.volumes.items():
+                if volume not in self._drained and only in (None, name):
+                    history = self.epochs[name][-1].history
+                    Guest(Front(volume), history, self.scenario.habits, self.generator).work(count)
+        finally:
+            self._is_working = False
+
+    @contextmanager
+    def becoming(self, name: str, values: Values) -> Iterator[None]:
+        """Inside, the disk exchanges all that it holds for ``values``, as a whole."""
+        old = self.epochs[name][-1]
+        new = Epoch(History(self._recorder, values, first_number=old.history._next + 100), self._recorder.tick())
+        self.epochs[name].append(new)
+        self._drained.append(self.server.volumes[name])
+        yield
+        self._drained.remove(self.server.volumes[name])
+        old.ended = self._recorder.tick()
+
+    @contextmanager
+    def shrinking(self, name: str, size: int) -> Iterator[None]:
+        """Inside, the disk becomes that small; what is behind reads as zeros if it should become large again."""
+        history = self.epochs[name][-1].history
+        first, end = size // SECTOR, self.server.volumes[name].chain.device.size // SECTOR
+        request = history.begin(Verb.ZERO, first, end - first)
+        yield
+        history.end(request)
+        history.end(history.begin(Verb.FLUSH))
+
+    # The run.
+
+    async def play(self, *, recovering: bool) -> Finding | None:
+        """Start the server, let guests and administrator work, stop it."""
+        scenario = self.scenario
+        self.server = Server(self.directory, scenario.disks, state=scenario.state)
+        try:
+            await self.server.start()
+            if recovering:
+                self.guests(_RECOVERED_REQUESTS)
+            else:
+                self.guests(scenario.requests)
+                self.begun = self._recorder.tick()
+                await scenario.operate(self)
+                self.guests(scenario.requests)
+            finding = self._look()
+        except BaseException:
+            self.server.kill()
+            raise
+        closing = [epochs[-1].history.begin(Verb.FLUSH) for epochs in self.epochs.values()]
+        self.server.close()
+        for request, epochs in zip(closing, self.epochs.values(), strict=True):
+            epochs[-1].history.end(request)
+        return finding
+
+    def _look(self) -> Finding | None:
+        for name, epochs in self.epochs.items():
+            history = epochs[-1].history
+            allowed = history.allowed_now()
+            found = read_stamps(self.server.read(name))
+            finding = compare(self.scenario.padded(found), allowed)
+            if finding is not None:
+                return Finding(finding.fault, f"disk {name} before any crash: {finding.text}")
+        return None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let guests work wherever the server serves them while it carries out orders."""
+        drained, advance = Volume.drained, Control.advance
+
+        @asynccontextmanager
+        async def interrupted(volume: Volume) -> AsyncIterator[None]:
+            self.guests(2)
+            async with drained(volume):
+                self._drained.append(volume)
+                try:
+                    yield
+                finally:
+                    self._drained.remove(volume)
+            self.guests(2)
+
+        def drain(volume: Volume) -> AbstractAsyncContextManager[None]:
+            return interrupted(volume)
+
+        def advanced(control: Control, length: int = 0, *, cost: int | None = None) -> None:
+            advance(control, length, cost=cost)
+            if self.generator.random() < self.scenario.eagerness:
+                self.guests(1)
+
+        with patch.object(Volume, "drained", drain), patch.object(Control, "advance", advanced):
+            yield
+
+
+@contextmanager
+def small_pieces() -> Iterator[None]:
+    """Let operations copy little at a time, so that much can happen in between."""
+    with ExitStack() as stack:
+        for module, name, value in (
+            (transfer, "_PIECE", 16 << 10),
+            (transfer, "_ZEROS", 32 << 10),
+            (commit, "_DURABLE_BYTES", 48 << 10),
+            (active_commit, "_SMALL", 8 << 10),
+            (active_commit, "_GRANULARITY_BITS", 12),
+            (active_commit, "_IDLE", 0),
+        ):
+            stack.enter_context(patch.object(module, name, value))
+        yield
+
+
+def record(prepared: Prepared, generator: random.Random, *, recovering: bool = False) -> Recording:
+    """Run the scenario on the files that are in its directory now; with ``recovering``, start the server and no more."""
+    recorder = TreeRecorder(prepared.directory)
+    stage = Stage(prepared, recorder, generator)
+    with ExitStack() as stack:
+        for context in (recorder.installed(), stage.installed(), small_pieces()):
+            stack.enter_context(context)
+        try:
+            finding = asyncio.run(stage.play(recovering=recovering))
+        except Exception:
+            finding = Finding(Fault.BROKEN, traceback.format_exc())
+    return Recording(recorder, stage.epochs, stage.replies, stage.begun, finding)
