@@ -22,6 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 #: Command → its module below this package and the name of its click command there.
 _COMMANDS = {
+    "amend": ("amend", "amend_command"),
     "check": ("check", "check_command"),
     "create": ("create", "create_command"),
     "info": ("info", "info_command"),

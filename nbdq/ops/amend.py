@@ -47,7 +47,8 @@ class Amend:
         size: int | None = None,
         shrink: bool = False,
         whole_chain: ChainRules | None = None,
-        on_progress: Callable[[str], None] = _log.info,
+        on_layer: Callable[[str], None] = _log.info,
+        audit: Callable[[str], None] = _log.info,
     ) -> None:
         """Look whether it can be done; nothing is changed.
 
@@ -56,7 +57,8 @@ class Amend:
             size: of the disk in bytes; smaller only with ``shrink``.
             whole_chain: amend every layer that is not yet what ``options`` say, by these rules; raw ones are passed
                 over. Without, only the top.
-            on_progress: told in one line of every layer that was amended, and of the end; from any thread.
+            on_layer: told in one line of every layer that was amended; from any thread.
+            audit: told in one line how it ended, well or not.
 
         Raises:
             OperationError: it cannot be done.
@@ -66,26 +68,32 @@ class Amend:
         self._options = options
         self._name = name
         self._size = size
-        self._on_progress = on_progress
+        self._on_layer = on_layer
+        self._audit = audit
         self._layers: list[FileStorage] = []
         self._claimed: list[ResolvedLayer] = []
         self._done = 0
-        if chain.read_only:
-            raise OperationError(f"{printable(name)} is read-only")
-        for layer in chain.layers if whole_chain else chain.layers[:1]:
+        with self._audited():
+            self._choose_layers(whole_chain)
+            top = chain.layers[0].header
+            if size is not None and top is not None:
+                self._check_size(size, top, shrink=shrink)
+
+    def _choose_layers(self, whole_chain: ChainRules | None) -> None:
+        if self._chain.read_only:
+            raise OperationError(f"{printable(self._name)} is read-only")
+        layers = self._chain.layers
+        for layer in layers if whole_chain else layers[:1]:
             if layer.header is None:
                 if whole_chain is None:
                     raise OperationError("Format driver 'raw' does not support option amendment")
                 continue
-            if is_amended(layer.header, options):
+            if is_amended(layer.header, self._options):
                 continue
             if whole_chain is not None:
                 self._check_owner(layer, whole_chain)
-            check_options(layer.storage, layer.header, options)
+            check_options(layer.storage, layer.header, self._options)
             self._layers.append(layer.storage)
-        top = chain.layers[0].header
-        if size is not None and top is not None:
-            self._check_size(size, top, shrink=shrink)
 
     def _check_owner(self, layer: ResolvedLayer, rules: ChainRules) -> None:
         path = printable(layer.path, 1024)
@@ -116,7 +124,7 @@ class Amend:
             Cancelled: ``control`` said so.
             ImageError, OperationError, OSError: it failed.
         """
-        with _told(self._name, self._on_progress):
+        with self._audited():
             lower = [layer for layer in self._chain.layers[1:] if layer.storage in self._layers]
             for layer in lower:  # all of them before any is changed
                 self._chain.claims.begin_writing(layer)
@@ -135,7 +143,7 @@ class Amend:
         Raises:
             ImageError, OperationError, OSError: it failed; the disk is in order.
         """
-        with _told(self._name, self._on_progress):
+        with self._audited():
             top = self._chain.layers[0]
             if top.storage in self._layers:
                 if self._options.version == 2 and self._size is not None:  # downgrade last, as QEMU does
@@ -144,7 +152,7 @@ class Amend:
                 self._amend_top(self._options)
                 self._tell(top)
             self._resize()
-        self._on_progress(f"{printable(self._name)} has been amended successfully.")
+        self._audit(succeeded(self._name))
 
     def _amend_top(self, options: AmendOptions) -> None:
         device = self._chain.device
@@ -165,9 +173,18 @@ class Amend:
         else:
             device.shrink(self._size)
 
+    @contextmanager
+    def _audited(self) -> Iterator[None]:
+        """Says why amending the disk failed, if it does."""
+        try:
+            yield
+        except (Cancelled, NbdqError, OSError) as error:
+            self._audit(failed(self._name, error))
+            raise
+
     def _tell(self, layer: ResolvedLayer) -> None:
         self._done += 1
-        self._on_progress(f"{printable(layer.path, 1024)}: amended ({self._done} of {len(self._layers)})")
+        self._on_layer(f"{printable(layer.path, 1024)}: amended ({self._done} of {len(self._layers)})")
 
     def revert(self) -> None:
         """What was amended stays: the disk reads the same."""
@@ -183,16 +200,16 @@ class Amend:
         self.finish()
 
 
-@contextmanager
-def _told(name: str, tell: Callable[[str], None]) -> Iterator[None]:
-    """Says why amending a disk failed, if it does."""
-    try:
-        yield
-    except (Cancelled, NbdqError, OSError) as error:
-        why = str(error)
-        if isinstance(error, Cancelled):
-            why = "it was cancelled"
-        elif isinstance(error, OSError):
-            why = error.strerror or why
-        tell(f"Failed to amend {printable(name)}: {why}")
-        raise
+def succeeded(name: str) -> str:
+    """What is said of a disk that has been amended."""
+    return f"{printable(name, 1024)} has been amended successfully."
+
+
+def failed(name: str, error: Cancelled | NbdqError | OSError) -> str:
+    """What is said of one that has not."""
+    why = str(error)
+    if isinstance(error, Cancelled):
+        why = "it was cancelled"
+    elif isinstance(error, OSError):
+        why = error.strerror or why
+    return f"Failed to amend {printable(name, 1024)}: {why}"
