@@ -11,6 +11,7 @@ import numpy as np
 
 from nbdq.qcow2.entries import COPIED
 from nbdq.qcow2.fields import MAX_L1_TABLE, l1_entries
+from nbdq.qcow2.header_area import write_fields
 from nbdq.qcow2.writing.tables import Table
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
@@ -44,7 +45,7 @@ def grow(image: WritableImage, zeroing: Zeroing, size: int) -> None:
         image.size = size
         _clear(image, zeroing, old, size)
         image.flush()
-        image.update_header(replace(image.header, size=size))
+        set_size(image, size)
     except BaseException:
         image.size = old
         if image.bitmaps is not None:
@@ -60,6 +61,15 @@ def check_resize(image: WritableImage) -> None:
     """
     if image.header.snapshot_count and image.header.version < 3:
         raise OSError(errno.EOPNOTSUPP, "cannot resize a v2 image which has snapshots; delete them", image.path)
+
+
+def set_size(image: WritableImage, size: int) -> None:
+    """Let the header say how large the disk is, durably (R-62).
+
+    Raises:
+        OSError: a failure that is final; or EROFS.
+    """
+    image.rewrite_header(lambda storage, header: write_fields(storage, replace(header, size=size)))
 
 
 def _clear(image: WritableImage, zeroing: Zeroing, old: int, size: int) -> None:

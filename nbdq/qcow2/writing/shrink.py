@@ -5,9 +5,8 @@ removes that before it can be seen.
 """
 
 import errno
-from dataclasses import replace
 
-from nbdq.qcow2.writing.growth import check_resize
+from nbdq.qcow2.writing.growth import check_resize, set_size
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
 
@@ -27,13 +26,10 @@ def shrink(image: WritableImage, zeroing: Zeroing, size: int) -> None:
         raise OSError(errno.EINVAL, f"cannot shrink a disk of {old} bytes to {size}", image.path)
     check_resize(image)
     if image.bitmaps is not None:
+        image.bitmaps.resize(old)  # refuses what cannot shrink, before anything is lost
+    set_size(image, size)
+    if image.bitmaps is not None:
         image.bitmaps.resize(size)
-    try:
-        image.update_header(replace(image.header, size=size))
-    except BaseException:
-        if image.bitmaps is not None:
-            image.bitmaps.resize(old)
-        raise
     image.size = size
     zeroing.abandon(-(-size // image.cluster_size) * image.cluster_size)
     if image.data is not image.storage and not image.data.is_block_device:
