@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from nbdq.errors import OperationError
 from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from tests.support.oracles import Status, block_status
 from tests.support.serving import serve
+from tests.support.storage_daemon import StorageDaemon
 from tests.support.tools import requires, run
 
 pytestmark = requires("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "nbdinfo")
@@ -55,55 +55,6 @@ def described(path: Path) -> list[dict[str, Any]]:
     return data.get("bitmaps", [])  # type: ignore[no-any-return]
 
 
-class Daemon:
-    """A running QEMU with one qcow2 node, called d, driven over its monitor."""
-
-    def __init__(self, path: Path) -> None:
-        self._process = subprocess.Popen(
-            [
-                "qemu-storage-daemon",
-                *("--blockdev", f"driver=file,filename={path},node-name=f"),
-                *("--blockdev", "driver=qcow2,file=f,node-name=d,discard=unmap"),
-                *("--chardev", "stdio,id=c", "--monitor", "chardev=c"),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._read()
-        self.execute("qmp_capabilities")
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        while "event" in (reply := json.loads(self._process.stdout.readline())):
-            pass
-        return reply  # type: ignore[no-any-return]
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        """What the command returns; the text of its error if it fails."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._process.stdin.flush()
-        reply = self._read()
-        return reply["return"] if "return" in reply else reply["error"]["desc"]
-
-    def bitmap(self, verb: str, name: str, **arguments: Any) -> Any:
-        return self.execute(f"block-dirty-bitmap-{verb}", node="d", name=name, **arguments)
-
-    def digest(self, name: str) -> str:
-        return self.execute("x-debug-block-dirty-bitmap-sha256", node="d", name=name)["sha256"]  # type: ignore[no-any-return]
-
-    def states(self) -> dict[str, tuple[int, int, bool, bool]]:
-        """Of each bitmap: dirty bytes, granularity, whether it records, whether it is persistent."""
-        (node,) = [node for node in self.execute("query-named-block-nodes") if node["node-name"] == "d"]
-        keys = ("count", "granularity", "recording", "persistent")
-        return {each["name"]: tuple(each[key] for key in keys) for each in node.get("dirty-bitmaps", [])}
-
-    def close(self) -> None:
-        self.execute("quit")
-        self._process.communicate(timeout=20)
-
-
 def our_states(bitmaps: DirtyBitmaps) -> dict[str, tuple[int, int, bool, bool]]:
     return {each.name: (each.dirty_length, each.granularity, each.is_recording, each.is_persistent) for each in bitmaps}
 
@@ -119,7 +70,7 @@ def test_qemu_has_the_same_bitmaps_after_the_same_changes(size: int, options: st
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     chosen = random.Random(seed)
-    with closing(Daemon(theirs)) as daemon, writable(ours) as (disk, bitmaps):
+    with closing(StorageDaemon(theirs)) as daemon, writable(ours) as (disk, bitmaps):
         daemon.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(export)}})
         daemon.execute("block-export-add", type="nbd", id="e", **{"node-name": "d"}, name="e", writable=True)
         for _ in range(60):
