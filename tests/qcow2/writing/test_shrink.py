@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nbdq.qcow2.bitmaps.takeover import take_over_bitmaps
+from nbdq.qcow2.bitmaps.takeover import DirtyBitmaps, take_over_bitmaps
 from nbdq.qcow2.create import Preallocation
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage
@@ -144,8 +144,7 @@ def test_bitmaps_shrink_and_grow_along(tmp_path: Path) -> None:
     path = image(tmp_path, 4 * M)
     run("qemu-img", "bitmap", "--add", "-g", "64k", path, "b0")
     with Engine(path) as engine:
-        taken = take_over_bitmaps(engine.storage, engine.image.header)
-        engine.image.header, engine.image.bitmaps = taken.header, taken.bitmaps
+        with_bitmaps(engine)
         engine.write(0, 64 * K)
         engine.write(3 * M, 64 * K)
         engine.disk.shrink(1 * M)
@@ -153,9 +152,7 @@ def test_bitmaps_shrink_and_grow_along(tmp_path: Path) -> None:
         engine.write(9 * M, 512)
     check(path)
     with Engine(path) as engine:
-        taken = take_over_bitmaps(engine.storage, engine.image.header)
-        assert taken.bitmaps is not None
-        bits = taken.bitmaps.find("b0")
+        bits = with_bitmaps(engine).find("b0")
         assert bits is not None
         dirty = [
             (start, end)
@@ -165,8 +162,55 @@ def test_bitmaps_shrink_and_grow_along(tmp_path: Path) -> None:
             )
             if is_dirty
         ]
-        engine.image.header, engine.image.bitmaps = taken.header, taken.bitmaps
     assert dirty == [(0, 64 * K), (9 * M, 9 * M + 64 * K)]
+
+
+def with_bitmaps(engine: Engine) -> DirtyBitmaps:
+    """Bitmaps of the image in use, as when it is opened for writing."""
+    taken = take_over_bitmaps(engine.storage, engine.image.header)
+    assert taken.bitmaps is not None
+    engine.image.header, engine.image.bitmaps = taken.header, taken.bitmaps
+    return taken.bitmaps
+
+
+def test_a_bitmap_that_nobody_believes_keeps_a_disk_from_being_resized(tmp_path: Path) -> None:
+    """R3: as in QEMU."""
+    path = image(tmp_path, 4 * M)
+    run("qemu-img", "bitmap", "--add", path, "b0")
+    with Engine(path) as engine:
+        with_bitmaps(engine)
+        crashed = tmp_path / "crashed.qcow2"
+        crashed.write_bytes(path.read_bytes())
+    with Engine(crashed) as engine:
+        with_bitmaps(engine)
+        data = engine.write(0, 4 * M)
+        for resize, size in ((engine.disk.shrink, 1 * M), (engine.disk.grow, 8 * M)):
+            with pytest.raises(OSError, match="'b0' is inconsistent") as caught:
+                resize(size)
+            assert caught.value.errno == errno.EOPNOTSUPP
+        assert engine.contents() == data
+        assert engine.disk.size == stored_size(crashed) == 4 * M
+
+
+def test_a_disk_that_fails_to_shrink_forgets_nothing_of_its_bitmaps(tmp_path: Path) -> None:
+    path = image(tmp_path, 4 * M)
+    run("qemu-img", "bitmap", "--add", "-g", "64k", path, "b0")
+    with Engine(path) as engine:
+        bits = with_bitmaps(engine).find("b0")
+        assert bits is not None
+        engine.write(3 * M, 64 * K)
+
+        def broken(call: Call) -> None:
+            if call == Call("write", 0, 512):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        engine.storage.before = broken
+        with pytest.raises(OSError, match="No space"):
+            engine.disk.shrink(1 * M)
+        engine.storage.before = lambda call: None
+        assert engine.disk.size == 4 * M
+        assert bits.dirty_length == 64 * K
+    check(path)
 
 
 @pytest.mark.parametrize("raw", [False, True])
