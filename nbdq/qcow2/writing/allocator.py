@@ -65,6 +65,11 @@ class Allocator:
         """Bytes that wait for a flush."""
         return self._freed_count * self._cluster_size
 
+    @property
+    def waiting(self) -> int:
+        """Clusters that were freed, and still have a reference until nobody can touch them any more."""
+        return self._freed_count + sum(run.clusters for batch in self._quarantine for run in batch.runs)
+
     def allocate(self, count: int) -> Run:
         """Take at least one and at most ``count`` neighbouring clusters; their refcount is 1 from now on.
 

@@ -174,6 +174,7 @@ def apply_snapshot(image: WritableImage, snapshot: Snapshot) -> NDArray[np.uint6
     size = image.header.size if snapshot.disk_size is None else snapshot.disk_size
     if image.header.version < 3 and size != image.header.size:
         raise OperationError("the disk had another size then, and images of version 2 with snapshots cannot be resized")
+    _end_quarantine(image)
 
     def change(switch: Switch) -> NDArray[np.uint64]:
         _position(image, snapshot)
@@ -204,6 +205,19 @@ def apply_snapshot(image: WritableImage, snapshot: Snapshot) -> NDArray[np.uint6
 def _refuse_data_file(image: WritableImage) -> None:
     if image.geometry.has_data_file:
         raise OperationError("an image with an external data file has no snapshots: its data is not counted (Q29)")
+
+
+def _end_quarantine(image: WritableImage) -> None:
+    """Let go of all that was freed: a reference that is only waiting for its end would make flags inexact, if the disk
+    came to name the same cluster again.
+
+    Raises:
+        OSError: EBUSY if somebody holds on to it; else as :meth:`WritableImage.flush`.
+    """
+    while waiting := image.allocator.waiting:
+        image.flush()
+        if image.allocator.waiting >= waiting:
+            raise OSError(errno.EBUSY, "another operation on the disk still holds what was freed", image.path)
 
 
 # States of the image.
