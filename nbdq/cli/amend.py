@@ -233,7 +233,7 @@ def _amend_disk(
                 shrink=shrink,
                 whole_chain=rules,
                 on_layer=on_layer,
-                audit=lambda text: None,
+                audit=lambda level, text: None,
             )
             try:
                 operation.run(control)

@@ -48,7 +48,7 @@ class Amend:
         shrink: bool = False,
         whole_chain: ChainRules | None = None,
         on_layer: Callable[[str], None] = _log.info,
-        audit: Callable[[str], None] = _log.info,
+        audit: Callable[[int, str], None] = _log.log,
     ) -> None:
         """Look whether it can be done; nothing is changed.
 
@@ -58,7 +58,7 @@ class Amend:
             whole_chain: amend every layer that is not yet what ``options`` say, by these rules; raw ones are passed
                 over. Without, only the top.
             on_layer: told in one line of every layer that was amended; from any thread.
-            audit: told in one line how it ended, well or not.
+            audit: told in one line how it ended, well or not; the first argument is a level of :mod:`logging`.
 
         Raises:
             OperationError: it cannot be done.
@@ -152,7 +152,7 @@ class Amend:
                 self._amend_top(self._options)
                 self._tell(top)
             self._resize()
-        self._audit(succeeded(self._name))
+        self._audit(logging.INFO, succeeded(self._name))
 
     def _amend_top(self, options: AmendOptions) -> None:
         device = self._chain.device
@@ -179,7 +179,7 @@ class Amend:
         try:
             yield
         except (Cancelled, NbdqError, OSError) as error:
-            self._audit(failed(self._name, error))
+            self._audit(logging.WARNING, failed(self._name, error))
             raise
 
     def _tell(self, layer: ResolvedLayer) -> None:

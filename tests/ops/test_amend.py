@@ -47,7 +47,7 @@ def upgrade(disk: Served, *, rules: ChainRules | None = None, told: list[str] | 
         name="disk",
         whole_chain=rules,
         on_layer=lines.append,
-        audit=lines.append,
+        audit=lambda level, text: lines.append(text),
         **more,
     )
 
@@ -163,7 +163,7 @@ def test_a_failure_halfway_leaves_every_layer_whole_and_the_disk_in_service(tmp_
             name="disk",
             whole_chain=ChainRules(),
             on_layer=told.append,
-            audit=told.append,
+            audit=lambda level, text: told.append(text),
         )
         operation.run(Control())
         full = OSError(errno.ENOSPC, "No space left on device")
