@@ -79,6 +79,6 @@ def test_the_log_says_how_it_ended(disk: Path) -> None:
     with administered("-v", disk) as server:
         amend(server, compat="1.1")
         server.refusal("x-nbdq-amend", device="disk", refcount_bits=3)
-        said = server.server.stderr()
+        said = server.server.stderr
     assert "disk has been amended successfully." in said
     assert "Failed to amend disk: " in said
