@@ -35,6 +35,8 @@ class Scenario:
     """Of every guest before the operation, and after it."""
     eagerness: float = 0.5
     """How probably guests make a request after a piece of work."""
+    spare: tuple[Layer, ...] = ()
+    """A chain that belongs to no disk."""
     largest: int = 0
     """Bytes of the largest size that a disk ever has, if that is not the size of its top."""
 
@@ -75,4 +77,6 @@ def prepare(scenario: Scenario, directory: Path) -> Prepared:
     for number, (name, layers) in enumerate(scenario.chains.items()):
         top = build(directory, name, layers, number=10 * number + 1)
         initial[name] = scenario.padded(read_by_qemu(directory / top, format=layers[-1].format))
+    if scenario.spare:
+        build(directory, "spare", scenario.spare, number=91)
     return Prepared(scenario, directory, initial, frozenset(path.name for path in directory.iterdir()))

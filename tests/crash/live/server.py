@@ -1,4 +1,4 @@
-"""All of ``nbdq serve`` but its sockets, on a single thread: opened as the command does, ordered as administrators do."""
+"""All of ``nbdq serve`` but its sockets, on one thread: opened as the command does, ordered as administrators do."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from nbdq.admin import job
 from nbdq.admin.arguments import parse
-from nbdq.admin.job import Job
+from nbdq.admin.job import Job, JobRequest
 from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
 from nbdq.admin.recovery import remove_pending_overlays
@@ -23,6 +23,7 @@ from nbdq.chain.policy import Policy
 from nbdq.errors import ChainError
 from nbdq.locks import Locking
 from nbdq.ops.control import Control
+from nbdq.ops.operation import Operation
 from nbdq.qcow2.format import read_header
 from nbdq.server.export import Exports
 from nbdq.server.volume import Volume, Wish
@@ -108,6 +109,16 @@ class Server:
         reply = await command.run(self.administration._context, parse(command.arguments, words))
         await self.jobs_end()
         return reply
+
+    async def job(self, volume: Volume, make: Callable[[], Operation]) -> None:
+        """Carry an operation out as a job, for which there is no command.
+
+        Raises:
+            NbdqError, OSError: it failed.
+        """
+        request = JobRequest(id="job", type="amend", volume=volume, command="none")
+        await self.administration._context.jobs.start(request, make)
+        await self.jobs_end()
 
     async def jobs_end(self) -> None:
         """Wait until no job is left."""

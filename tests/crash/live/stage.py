@@ -3,16 +3,17 @@
 import asyncio
 import random
 import traceback
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from nbdq.admin.registry import Reply
-from nbdq.ops import active_commit, commit, transfer
+from nbdq.chain.live import LiveChain
+from nbdq.ops import active_commit, commit, rebase, transfer
 from nbdq.ops.control import Control
+from nbdq.ops.operation import Operation
 from nbdq.server.volume import Volume
 from tests.crash.guest import Allowed, Guest, History, Verb
 from tests.crash.live.scenario import Prepared
@@ -128,6 +129,12 @@ class Stage:
         self.guests(2)
         return reply
 
+    async def job(self, name: str, make: Callable[[LiveChain], Operation]) -> None:
+        """As :meth:`Server.job`, on the disk ``name``, with some more of the guests' requests afterwards."""
+        volume = self.server.volumes[name]
+        await self.server.job(volume, lambda: make(volume.chain))
+        self.guests(2)
+
     def replied(self, **tops: str) -> None:
         """The administrator knows that these images are the tops of the disks from now on."""
         self.replies.append((self._recorder.tick(), tops))
@@ -236,6 +243,8 @@ def small_pieces() -> Iterator[None]:
         for module, name, value in (
             (transfer, "_PIECE", 16 << 10),
             (transfer, "_ZEROS", 32 << 10),
+            (rebase, "_PIECE", 16 << 10),
+            (rebase, "_ZEROS", 32 << 10),
             (commit, "_DURABLE_BYTES", 48 << 10),
             (active_commit, "_SMALL", 8 << 10),
             (active_commit, "_GRANULARITY_BITS", 12),
@@ -246,7 +255,7 @@ def small_pieces() -> Iterator[None]:
 
 
 def record(prepared: Prepared, generator: random.Random, *, recovering: bool = False) -> Recording:
-    """Run the scenario on the files that are in its directory now; with ``recovering``, start the server and no more."""
+    """Run the scenario on the files that are in its directory; with ``recovering``, start the server and no more."""
     recorder = TreeRecorder(prepared.directory)
     stage = Stage(prepared, recorder, generator)
     with ExitStack() as stack:

@@ -164,7 +164,7 @@ class TreeTimeline:
                 for act in recorder.name_acts[:number]:
                     _apply(names, act)
 
-                def story(fates: Any = fates, number: int = number) -> str:
+                def story(fates: Any = fates, number: int = number, names: Any = names) -> str:
                     lost = [
                         f"  {item} {'lost' if fate is None else f'has sectors {fate:b} (last first)'}"
                         for item, fate in zip(moment.pending, fates, strict=True)
