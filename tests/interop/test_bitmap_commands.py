@@ -115,7 +115,7 @@ def test_a_transaction_changes_all_bitmaps_or_none(disk: Path) -> None:
     run("qemu-img", "check", "-q", disk)
 
 
-def test_a_removed_bitmap_does_not_come_back_even_if_the_server_is_killed(disk: Path) -> None:
+def test_a_removed_bitmap_is_gone_from_the_file_while_the_disk_is_still_served(disk: Path) -> None:
     for name in ("a", "b"):
         run("qemu-img", "bitmap", "--add", disk, name)
     with administered(disk) as server:

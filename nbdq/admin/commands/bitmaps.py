@@ -95,7 +95,8 @@ class BitmapAction:
 
     async def finish(self) -> None:
         """Let the file follow where it must: a bitmap that was removed does not come back after a crash."""
-        await in_thread(self._finish)
+        async with self.volume.steady():  # nobody is about to take a removal back
+            await in_thread(self._finish)
 
     def _finish(self) -> None:
         device = self.volume.chain.device
@@ -253,7 +254,8 @@ async def merge(context: Context, arguments: BitmapMerge) -> Reply:
 async def digest(context: Context, arguments: Bitmap) -> Reply:
     """The SHA-256 of a bitmap's bits, as QEMU counts it."""
     volume = context.volumes.volume(arguments.node)
-    bits = await in_thread(_source, volume, arguments.node, arguments.name)
+    async with volume.steady():
+        bits = await in_thread(_source, volume, arguments.node, arguments.name)
     return {"sha256": await in_thread(bits.digest)}
 
 
@@ -273,7 +275,8 @@ class RangesRequest:
 async def ranges(context: Context, arguments: RangesRequest) -> Reply:
     """The dirty ranges of a bitmap; if there are more than the limit, ``next`` says where to go on."""
     volume = context.volumes.volume(arguments.node)
-    return await in_thread(_ranges, volume, arguments)
+    async with volume.steady():
+        return await in_thread(_ranges, volume, arguments)
 
 
 def _ranges(volume: Volume, arguments: RangesRequest) -> dict[str, Any]:
@@ -304,14 +307,15 @@ async def list_all(context: Context, arguments: ListRequest) -> Reply:
     """The bitmaps of every layer of a disk that has some, top first, each layer by its path."""
     volume = context.volumes.volume(arguments.node)
     found = []
-    for index, layer in enumerate(volume.chain.layers):
-        if described := await in_thread(describe_bitmaps, context.exports, volume, index):
-            found.append({"path": layer.path, "depth": index, "dirty-bitmaps": described})
+    async with volume.steady():
+        for index, layer in enumerate(volume.chain.layers):
+            if described := await in_thread(describe_bitmaps, context.exports, volume, index):
+                found.append({"path": layer.path, "depth": index, "dirty-bitmaps": described})
     return found
 
 
 def describe_bitmaps(exports: Exports, volume: Volume, index: int) -> list[dict[str, Any]]:
-    """The bitmaps of one layer as QEMU's BlockDirtyInfo. May read the layer.
+    """The bitmaps of one layer as QEMU's BlockDirtyInfo. May read the layer; the disk is steady.
 
     Raises:
         ImageError, OSError: its bitmaps cannot be read.

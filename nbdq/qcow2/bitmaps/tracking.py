@@ -75,7 +75,8 @@ class DirtyBitmaps:
         self._marked: tuple[DirtyBits, ...] | None = None  # replaced as a whole, so that marking needs no lock
         self._is_stored = True
         self._lock = threading.RLock()
-        """Which bitmaps there are, and what they are; not their bits."""
+        """Which bitmaps there are, and what they are; not their bits. Nothing is waited for under it."""
+        self._file_lock = threading.Lock()  # what the file lists; taken before the lock of the image, and `_lock`
 
     @classmethod
     def load(cls, storage: FileStorage, header: Header, *, max_memory: int = MAX_MEMORY) -> "DirtyBitmaps":
@@ -145,15 +146,16 @@ class DirtyBitmaps:
     def store(self, image: MetadataImage) -> None:
         """Write all bits to ``image`` and declare the bitmaps in use no more, in an order that no crash can harm.
 
-        No guest write may be under way. After this, successful or not, :meth:`begin_writing` comes before the next
-        one. What the image no longer needs is freed with its next flush. Bitmaps without news keep their clusters.
-        What is stored already is not stored again; what could not be, is tried again.
+        No guest write may be under way, and no change of the bitmaps. After this, successful or not,
+        :meth:`begin_writing` comes before the next one. What the image no longer needs is freed with its next flush.
+        Bitmaps without news keep their clusters. What is stored already is not stored again; what could not be, is
+        tried again.
 
         Raises:
             OSError: ENOSPC or a failed medium. In the file the bitmaps are still in use, or not believed; here they
                 are as before.
         """
-        with self._lock:
+        with self._file_lock:
             if self._is_stored:
                 return
             self._marked = None
@@ -173,8 +175,9 @@ class DirtyBitmaps:
         Raises:
             OSError: ENOSPC or a failed medium; the bitmaps are gone with the next :meth:`store` at the latest.
         """
-        with self._lock:
-            present = {id(each.stored) for each in self._bitmaps}
+        with self._file_lock:
+            with self._lock:
+                present = {id(each.stored) for each in self._bitmaps}
             left = [stored for stored in self._in_file if id(stored) in present]
             if len(left) < len(self._in_file):
                 forget_bitmaps(image, left, self._in_file)
