@@ -7,6 +7,7 @@ and, everywhere else, what it held before; snapshots stay as they were; the audi
 import contextlib
 import errno
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdq.block import BlockDevice, WritableBlockDevice
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdCompressor
+else:
+    from backports.zstd import ZstdCompressor
+
+from nbdq.block import BlockDevice
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_disk, open_writable
 from nbdq.chain.overlay import OverlayDisk
@@ -24,6 +30,7 @@ from nbdq.errors import NbdqError
 from nbdq.qcow2.audit.check import check_image
 from nbdq.qcow2.audit.damaged_header import read_header_to_check
 from nbdq.qcow2.audit.result import CheckResult
+from nbdq.qcow2.features import CompressionType
 from nbdq.storage import FileStorage
 
 #: Guest bytes that are looked at and changed, at both ends of a disk.
@@ -112,8 +119,11 @@ def changes(cluster: int, size: int) -> Iterator[tuple[str, int, int]]:
     yield "zero", 4 * cluster + 512, 1024
     yield "unmap", 7 * cluster, 3 * cluster
     yield "discard", 9 * cluster, 4 * cluster
+    yield "populate", 0, 16 * cluster
     yield "flush", 0, 0
     yield "write", 10 * cluster, cluster
+    yield "compressed", 3 * cluster, cluster
+    yield "compressed", 11 * cluster, cluster
     yield "write", size - 512, 512
     yield "unmap", max(size - 3 * cluster - 700, 0), 3 * cluster
     yield "flush", 0, 0
@@ -121,7 +131,9 @@ def changes(cluster: int, size: int) -> Iterator[tuple[str, int, int]]:
     yield "write", size - _TAIL, 4096
     yield "flush", 0, 0
     yield "write", 6 * cluster, cluster + 1
+    yield "compressed", 6 * cluster, cluster
     yield "zero", 20 * cluster, 5 * cluster
+    yield "populate", 0, size
     yield "flush", 0, 0
 
 
@@ -184,28 +196,30 @@ def _one_line(text: str) -> None:
     assert "\n" not in text, f"not one line: {text!r}"
 
 
-def _change(disk: WritableBlockDevice, content: _Content | None) -> list[str]:
+def _change(disk: OverlayDisk, content: _Content | None) -> list[str]:
     """Do everything; ``content`` keeps up with it. The changes that failed."""
     spoiled: list[str] = []
-    cluster = disk.top.cluster_size if isinstance(disk, OverlayDisk) else 0
+    cluster = disk.top.cluster_size
     book = content or _Content(disk.size)
     for number, (what, wanted, length) in enumerate(changes(cluster, disk.size)):
         offset, length = book.clip(max(wanted, 0), length)
         if what != "flush" and length <= 0:
             continue
+        if what == "compressed" and (length < cluster or disk.top.geometry.has_data_file):
+            continue
         data = bytes([number + 1]) * length
         failed = _failure(f"{what} {offset:#x}+{length:#x}", _action(disk, what, offset, data))
         spoiled += failed
         place = book.place(offset, length)
-        if what in ("zero", "unmap", "write"):
-            book.data[place] = 0 if what != "write" else number + 1
+        if what in ("zero", "unmap", "write", "compressed"):
+            book.data[place] = number + 1 if what in ("write", "compressed") else 0
             book.known[place] = not failed
         elif what == "discard":
             book.known[place] = False
     return spoiled
 
 
-def _action(disk: WritableBlockDevice, what: str, offset: int, data: bytes) -> Callable[[], object]:
+def _action(disk: OverlayDisk, what: str, offset: int, data: bytes) -> Callable[[], object]:
     def write() -> None:
         if not disk.write_cached(offset, memoryview(data)):
             disk.write(offset, memoryview(data))
@@ -215,8 +229,17 @@ def _action(disk: WritableBlockDevice, what: str, offset: int, data: bytes) -> C
         "zero": lambda: disk.zero(offset, len(data), unmap=False),
         "unmap": lambda: disk.zero(offset, len(data), unmap=True),
         "discard": lambda: disk.discard(offset, len(data)),
+        "populate": lambda: disk.populate(offset, len(data)),
+        "compressed": lambda: disk.write_compressed(offset, _compressed(disk, data)),
         "flush": disk.flush,
     }[what]
+
+
+def _compressed(disk: OverlayDisk, data: bytes) -> bytes:
+    if disk.top.header.compression_type is CompressionType.ZSTD:
+        return ZstdCompressor().compress(data, ZstdCompressor.FLUSH_FRAME)
+    stream = zlib.compressobj(wbits=-12)
+    return stream.compress(data) + stream.flush()
 
 
 def _failure(what: str, action: Callable[[], object]) -> list[str]:
