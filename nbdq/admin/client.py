@@ -79,6 +79,12 @@ class Client:
             else:
                 return message["return"]
 
+    def taken_events(self) -> list[dict[str, Any]]:
+        """The events that came while other things were waited for, oldest first; they are not given again."""
+        taken = list(self._events)
+        self._events.clear()
+        return taken
+
     def events(self) -> Iterator[dict[str, Any]]:
         """Events, oldest first, for as long as the server is there.
 

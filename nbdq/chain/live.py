@@ -18,7 +18,7 @@ from nbdq.chain.claims import Claims, storages_of
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import INDEX_BUDGET, ChainDisk
 from nbdq.chain.index import Layer
-from nbdq.chain.open import check_top, read_only_layer, watch_threshold, writable_disk
+from nbdq.chain.open import check_top, read_only_layer, writable_disk
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Gate, Policy
 from nbdq.chain.raw_disk import RawDisk
@@ -59,6 +59,8 @@ class LiveChain:
         self.read_only = read_only
         self.write_threshold = write_threshold
         self.on_event = on_event
+        self.on_threshold: Callable[[int, int], None] = lambda threshold, excess: None
+        """Told of the write threshold and by how much it was exceeded; from any thread, with locks held."""
         self._index_budget = index_budget
         self._punch = punch
         self._names: dict[FileStorage, str] = {}
@@ -370,13 +372,22 @@ class LiveChain:
     # Settings and the end.
 
     def set_write_threshold(self, threshold: int | None) -> None:
-        """Have ``on_event`` told once when the top's file grows past this host offset; None: not at all."""
+        """Have :attr:`on_threshold` told, once, when the top's file grows past this host offset; None: not at all.
+
+        A new top that comes in front first is watched instead.
+        """
         self.write_threshold = threshold
         self._watch_threshold()
 
     def _watch_threshold(self) -> None:
         if isinstance(self.device, OverlayDisk):
-            watch_threshold(self.device, self.write_threshold, self.on_event)
+            self.device.top.allocator.watch(self.write_threshold, self._passed_threshold)
+
+    def _passed_threshold(self, end: int) -> None:
+        threshold, self.write_threshold = self.write_threshold, None
+        if threshold is not None:
+            self.on_event(f"{self.path}: allocation has passed the write threshold: {end}")
+            self.on_threshold(threshold, end - threshold)
 
     def close(self) -> None:
         """Make everything durable, and close every file. No request may be in progress.

@@ -86,7 +86,9 @@ def open_writable(
             below = ChainDisk(_layers(resolved[1:]), clusters=clusters, index_budget=index_budget)
         disk = writable_disk(resolved[0], below, clusters=clusters, punch=punch, on_event=on_event)
         if isinstance(disk, OverlayDisk):
-            watch_threshold(disk, write_threshold, on_event)
+            disk.top.allocator.watch(
+                write_threshold, lambda end: on_event(f"{path}: allocation has passed the write threshold: {end}")
+            )
         return disk
 
 
@@ -133,13 +135,6 @@ def writable_disk(
         on_event(f"{layer.path}: dirty bitmaps are lost: {taken.lost}")
     image.header, image.bitmaps = taken.header, taken.bitmaps
     return OverlayDisk(image, below, clusters=clusters)
-
-
-def watch_threshold(disk: OverlayDisk, threshold: int | None, on_event: Callable[[str], None]) -> None:
-    """Have ``on_event`` told, once, when an allocation passes the host offset ``threshold``; None: never."""
-    path = disk.top.path
-    disk.top.allocator.threshold = threshold
-    disk.top.allocator.on_threshold = lambda end: on_event(f"{path}: allocation has passed the write threshold: {end}")
 
 
 def _layers(resolved: Sequence[ResolvedLayer], snapshot: str | None = None) -> list[Layer]:

@@ -323,8 +323,7 @@ def test_whoever_extends_the_device_is_told_in_time_and_once(used_device: Path) 
     told: list[int] = []
     with qcow2_disk(used_device) as disk:
         allocator = disk.top.allocator
-        allocator.on_threshold = told.append
-        allocator.threshold = 2 * MIB
+        allocator.watch(2 * MIB, told.append)
         for offset in range(0, MIB, 64 << 10):
             disk.write(offset, memoryview(b"x" * 512))
         disk.write(0, memoryview(b"x" * MIB))  # all of it in place
@@ -333,7 +332,7 @@ def test_whoever_extends_the_device_is_told_in_time_and_once(used_device: Path) 
             disk.write(offset, memoryview(b"x" * 512))
         assert len(told) == 1
         assert 2 * MIB < told[0] <= 2 * MIB + (64 << 10)
-        allocator.threshold = 4 * MIB - (64 << 10)
+        allocator.watch(4 * MIB - (64 << 10), told.append)
         with pytest.raises(OSError, match=NO_ROOM):
             disk.write(3 * MIB, memoryview(b"x" * 4 * MIB))
         assert told[1:] == [4 * MIB]

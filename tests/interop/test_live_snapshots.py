@@ -193,3 +193,27 @@ def test_a_snapshot_of_a_read_only_disk_is_refused(disk: Path, tmp_path: Path) -
     with administered("-r", disk) as server:
         said = server.refusal("blockdev-snapshot-sync", device="disk", snapshot_file=str(tmp_path / "x.qcow2"))
         assert "read-only" in said
+
+
+def test_a_manager_is_told_once_when_the_file_grows_past_the_write_threshold(disk: Path, tmp_path: Path) -> None:
+    def passed() -> list[dict[str, Any]]:
+        server("query-status")  # what was emitted before its answer has come
+        return [event["data"] for event in server.client.taken_events() if event["event"] == "BLOCK_WRITE_THRESHOLD"]
+
+    with administered(disk) as server:
+        server("block-set-write-threshold", node_name="disk", write_threshold=16 * MIB)
+        qemu_io(server, "write 4M 1M", "flush")
+        assert passed() == []
+        qemu_io(server, "write 8M 16M")
+        (told,) = passed()
+        assert (told["node-name"], told["write-threshold"]) == ("disk", 16 * MIB)
+        assert 0 < told["amount-exceeded"] <= disk.stat().st_size - 16 * MIB
+        qemu_io(server, "write 24M 16M")
+        assert passed() == []
+        server("block-set-write-threshold", node_name="disk", write_threshold=1 * MIB)
+        server("blockdev-snapshot-sync", device="disk", snapshot_file=str(tmp_path / "overlay.qcow2"))
+        assert passed() == [], "the file of the new top is small"
+        qemu_io(server, "write 0 2M")
+        assert [each["write-threshold"] for each in passed()] == [MIB]
+        server("block-set-write-threshold", node_name="disk", write_threshold=0)
+        assert "expects an offset" in server.refusal("block-set-write-threshold", node_name="disk", write_threshold=-1)

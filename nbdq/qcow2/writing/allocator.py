@@ -10,6 +10,9 @@ import errno
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nbdq.qcow2.writing.protection import ProtectedClusters
 from nbdq.qcow2.writing.refcounts import BrokenRefcounts, Refcounts
 from nbdq.storage import FileStorage
@@ -56,9 +59,12 @@ class Allocator:
         self._freed: list[Run] = []
         self._freed_count = 0
         self._quarantine: list[_Batch] = []
-        self.threshold: int | None = None
-        """Host offset; ``on_threshold`` is called once when an allocation passes it."""
-        self.on_threshold: Callable[[int], None] = lambda offset: None
+        self._threshold: int | None = None
+        self._on_threshold: Callable[[int], None] = lambda end: None
+
+    def watch(self, threshold: int | None, on_passed: Callable[[int], None]) -> None:
+        """Call ``on_passed``, once, with the end of the first allocation that passes the host offset ``threshold``."""
+        self._threshold, self._on_threshold = threshold, on_passed
 
     @property
     def freed_bytes(self) -> int:
@@ -68,7 +74,16 @@ class Allocator:
     @property
     def waiting(self) -> int:
         """Clusters that were freed, and still have a reference until nobody can touch them any more."""
-        return self._freed_count + sum(run.clusters for batch in self._quarantine for run in batch.runs)
+        return sum(run.clusters for run in self._waiting_runs())
+
+    def _waiting_runs(self) -> list[Run]:
+        return [*self._freed, *(run for batch in self._quarantine for run in batch.runs)]
+
+    def waiting_of(self, clusters: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """How many references to each of ``clusters`` wait for their end."""
+        runs = self._waiting_runs()
+        begun = np.searchsorted(sorted(run.first for run in runs), clusters, "right")
+        return begun - np.searchsorted(sorted(run.first + run.clusters for run in runs), clusters, "right")
 
     def allocate(self, count: int) -> Run:
         """Take at least one and at most ``count`` neighbouring clusters; their refcount is 1 from now on.
@@ -142,9 +157,9 @@ class Allocator:
         end = first + count
         if end > self._fresh_from:
             self._fresh_from = end
-        if self.threshold is not None and end * self._cluster_size > self.threshold:
-            self.threshold = None
-            self.on_threshold(end * self._cluster_size)
+        if self._threshold is not None and end * self._cluster_size > self._threshold:
+            self._threshold = None
+            self._on_threshold(end * self._cluster_size)
         return Run(first, count, is_fresh)
 
     def _search(self, neighbours: int = 1) -> None:

@@ -292,14 +292,13 @@ def test_the_operator_is_told_once_when_the_image_grows_past_the_threshold() -> 
     rig = Rig()
     found = allocator(rig)
     told: list[int] = []
-    found.threshold, found.on_threshold = 10 * CLUSTER, told.append
+    found.watch(10 * CLUSTER, told.append)
     found.allocate(6)
     assert told == []
     found.allocate(3)
     assert told == [13 * CLUSTER]
-    assert found.threshold is None
     found.allocate(50)
     assert len(told) == 1
-    found.threshold = 0
+    found.watch(0, told.append)
     found.allocate(1)
     assert len(told) == 2, "a new threshold is a new one"
