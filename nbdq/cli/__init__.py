@@ -24,6 +24,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _COMMANDS = {
     "amend": ("amend", "amend_command"),
     "check": ("check", "check_command"),
+    "commit": ("commit", "commit_command"),
     "create": ("create", "create_command"),
     "info": ("info", "info_command"),
     "map": ("map", "map_command"),

@@ -24,22 +24,27 @@ from nbdq.cli.option_lists import (
     size_value,
     split_options,
 )
+from nbdq.cli.progress import ShownControl
 from nbdq.errors import NbdqError, OperationError, UnsupportedImage, printable
 from nbdq.ops.amend import Amend, ChainRules, failed, succeeded
 from nbdq.ops.control import Control
+from nbdq.ops.operation import Operation
+from nbdq.ops.rebase import Rebase
+from nbdq.ops.stream import Stream
 from nbdq.qcow2.amending.amend import amend_image
 from nbdq.qcow2.amending.options import AmendOptions, check_options
 from nbdq.qcow2.features import CryptMethod
-from nbdq.qcow2.format import Header
 from nbdq.qcow2.header_area import set_backing, set_overlay_marker
 
+#: Bytes of inflated clusters: each is read once.
+_CACHE = 16 << 20
 #: Options that are not a matter of the image's file alone.
 _SETTLED_HERE = ("size", "backing_file", "backing_fmt")
 #: Options whose names differ from those of the fields of AmendOptions.
 _FIELDS = {"compat": "version", "data_file": "data_file_name"}
 _OPTIONS = {
-    "backing_file": Option("str", str, "The image below; only to be repeated, see nbdq rebase"),
-    "backing_fmt": Option("str", one_of({"qcow2": "qcow2", "raw": "raw"}), "Format of the image below, to be recorded"),
+    "backing_file": Option("str", str, "The image below: the disk stays what it is, as with nbdq rebase"),
+    "backing_fmt": Option("str", one_of({"qcow2": "qcow2", "raw": "raw"}), "Format of the image below"),
     "compat": Option("str", one_of(VERSIONS), "QCOW2 version: 0.10 (v2) or 1.1 (v3)"),
     "data_file": Option("str", str, "Another name of the file for the guest's data"),
     "data_file_raw": Option(
@@ -131,9 +136,9 @@ def amend_command(
         **{_FIELDS.get(name, name): value for name, value in values.items() if name not in _SETTLED_HERE}
     )
     policy = Policy(roots=allow_backing, allow_data_file=allow_data_file)
-    control = _Shown() if progress and not quiet else Control()
+    control = ShownControl() if progress and not quiet else Control()
     if forget_overlay or _has_backing(values):
-        _amend_backing(image, values, wanted, policy, forget_overlay=forget_overlay)
+        _amend_backing(image, values, wanted, policy, control, forget_overlay=forget_overlay)
     if not whole_chain and "size" not in values:
         with _alone(image) as layer:
             assert layer.header is not None
@@ -149,7 +154,7 @@ def amend_command(
             raise
         if whole_chain:
             tell(succeeded(image))
-    if isinstance(control, _Shown):
+    if isinstance(control, ShownControl):
         control.end()
 
 
@@ -185,29 +190,48 @@ def _alone(image: str) -> Iterator[ResolvedLayer]:
 
 
 def _amend_backing(
-    image: str, values: dict[str, Any], wanted: AmendOptions, policy: Policy, *, forget_overlay: bool
+    image: str, values: dict[str, Any], wanted: AmendOptions, policy: Policy, control: Control, *, forget_overlay: bool
 ) -> None:
-    """Record the format of the image below, and forget an overlay; both only if nothing else will be refused."""
+    """Settle what lies below and above, by the rules of a rebase; only if nothing else will be refused."""
     with _alone(image) as layer:
         header = layer.header
         assert header is not None
         check_options(layer.storage, header, wanted)
-        if _has_backing(values):
-            header = _record_format(image, layer, header, values, policy)
         if forget_overlay and header.overlay_marker is not None:
-            set_overlay_marker(layer.storage, header, None)
+            header = set_overlay_marker(layer.storage, header, None)
+        name = values.get("backing_file", header.backing_name) or None
+        format = values.get("backing_fmt", header.backing_format)
+        if name is None and "backing_fmt" in values:
+            raise OperationError("backing_fmt cannot be used without a backing file")
+        if name == header.backing_name:
+            if name is not None and format != header.backing_format:
+                inspect_backing(image, name, format=format, policy=policy)
+                set_backing(layer.storage, header, name=name, format=format)
+            return
+    if name is not None and "backing_fmt" not in values:
+        raise OperationError("backing format must be specified")
+    with _opened(image, policy) as chain:
+        _carry_out(Rebase(chain, name=name, format=format) if name else Stream(chain), control)
 
 
-def _record_format(image: str, layer: ResolvedLayer, header: Header, values: dict[str, Any], policy: Policy) -> Header:
-    name = values.get("backing_file", header.backing_name)
-    if name != header.backing_name:
-        raise OperationError("Cannot amend the backing file; use nbdq rebase instead")
-    if values.get("backing_fmt") in (None, header.backing_format):
-        return header
-    if name is None:
-        raise OperationError("backing_fmt cannot be used without a backing file")
-    inspect_backing(image, name, format=values["backing_fmt"], policy=policy)
-    return set_backing(layer.storage, header, name=name, format=values["backing_fmt"])
+@contextmanager
+def _opened(image: str, policy: Policy) -> Iterator[LiveChain]:
+    """The image with everything below it."""
+    with closing(ClusterCache(budget=_CACHE)) as clusters:
+        chain = LiveChain.open(image, format="qcow2", policy=policy, clusters=clusters)
+        with closing(chain):
+            yield chain
+
+
+def _carry_out(operation: Operation, control: Control) -> None:
+    """Nobody else uses the disk, so it is drained all the time."""
+    try:
+        operation.run(control)
+        operation.pivot()
+    except BaseException:
+        operation.abort()
+        raise
+    operation.finish()
 
 
 def _amend_disk(
@@ -222,46 +246,15 @@ def _amend_disk(
     shrink: bool,
 ) -> None:
     """Amend what needs the images below: the size of a disk, or all of its layers."""
-    with closing(ClusterCache(budget=1 << 20)) as clusters:
-        chain = LiveChain.open(image, format="qcow2", policy=policy, clusters=clusters)
-        try:
-            operation = Amend(
-                chain,
-                wanted,
-                name=image,
-                size=None if size is None else -(-size // 512) * 512,
-                shrink=shrink,
-                whole_chain=rules,
-                on_layer=on_layer,
-                audit=lambda level, text: None,
-            )
-            try:
-                operation.run(control)
-                operation.pivot()
-            finally:
-                operation.finish()
-        finally:
-            chain.close()
-
-
-class _Shown(Control):
-    """Shows the progress as qemu-img does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = ""
-        self._show()
-
-    def advance(self, length: int = 0, *, cost: int | None = None) -> None:
-        super().advance(length, cost=cost)
-        self._show()
-
-    def _show(self) -> None:
-        text = f"    ({min(self.done / self.total, 1) * 100 if self.total else 0:.2f}/100%)\r"
-        if text != self._last:
-            click.echo(text, nl=False)
-            self._last = text
-
-    def end(self) -> None:
-        """Everything is done."""
-        click.echo("    (100.00/100%)\r")
+    with _opened(image, policy) as chain:
+        operation = Amend(
+            chain,
+            wanted,
+            name=image,
+            size=None if size is None else -(-size // 512) * 512,
+            shrink=shrink,
+            whole_chain=rules,
+            on_layer=on_layer,
+            audit=lambda level, text: None,
+        )
+        _carry_out(operation, control)

@@ -11,16 +11,18 @@ had begun before is waited for, then the disk is read. A request that begins lat
 import threading
 from collections.abc import Callable, Collection
 
+from nbdq.chain.bitmaps import bitmaps_of
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer
 from nbdq.ops.commit import check_range, move_mark
 from nbdq.ops.control import Control
 from nbdq.ops.preflight import check_no_overlays
+from nbdq.ops.repoint import absolute_path
 from nbdq.ops.transfer import Transfer
 from nbdq.ops.written import WrittenLayer
 from nbdq.qcow2.bitmaps.bits import DirtyBits
-from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
+from nbdq.qcow2.header_area import set_overlay_marker
 from nbdq.qcow2.writing.writable import WritableImage
 
 #: log2 of the granularity in which changes are noted.
@@ -113,7 +115,7 @@ class ActiveCommit:
         base = [layer.storage for layer in chain.layers].index(self._base)
         self._writer = WrittenLayer(chain, base, size=device.size)
         self._image = device.top
-        self._dirty = _bitmaps(self._image).track(_GRANULARITY_BITS)
+        self._dirty = bitmaps_of(self._image).track(_GRANULARITY_BITS)
         self._image.barrier()  # now nobody is left who does not mark
         transfer = Transfer(device, base, self._writer.disk)
         control.expect(transfer.measure())
@@ -154,6 +156,17 @@ class ActiveCommit:
         self._out = chain.rearrange(layers[base:], top=disk)
         self._layers = layers
 
+    def mark(self) -> None:
+        """Let the old top name the base as the disk; see :class:`~nbdq.ops.operation.MarkingOperation`.
+
+        Raises:
+            ImageError, OSError: it cannot be written to, or has no room for the name.
+        """
+        old, disk = self._out[0], self._chain.layers[0]
+        assert old.header is not None
+        self._chain.claims.begin_writing(old)
+        set_overlay_marker(old.storage, old.header, absolute_path(disk.path))
+
     def revert(self) -> None:
         """Let the old top be the active layer again; nothing has been written since the pivot."""
         self._chain.rearrange(self._layers)
@@ -173,16 +186,6 @@ class ActiveCommit:
         """
         writer, self._writer, self._transfer = self._writer, None, None
         if self._image is not None and self._dirty is not None:
-            _bitmaps(self._image).untrack(self._dirty)
+            bitmaps_of(self._image).untrack(self._dirty)
         if writer is not None:
             writer.give_up()
-
-
-def _bitmaps(image: WritableImage) -> DirtyBitmaps:
-    """The image's dirty bitmaps, of which there need not be any."""
-    if image.bitmaps is None:
-        bitmaps = DirtyBitmaps(image.path, image.header)
-        bitmaps.begin_writing(image.storage, image.header)
-        image.bitmaps = bitmaps
-    assert isinstance(image.bitmaps, DirtyBitmaps)
-    return image.bitmaps

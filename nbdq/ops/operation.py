@@ -49,6 +49,18 @@ class Operation(Protocol):
 
 
 @runtime_checkable
+class MarkingOperation(Operation, Protocol):
+    """An operation after which a file must not be taken for the disk any more."""
+
+    def mark(self) -> None:
+        """Say so in that file; the disk is drained since the pivot, and what it is now has been recorded, durably.
+
+        Raises:
+            ImageError, OSError: it cannot be said; the disk is in order.
+        """
+
+
+@runtime_checkable
 class MirroringOperation(Operation, Protocol):
     """An operation whose :meth:`run` catches up with the guest, and then keeps up until it is told to complete."""
 

@@ -47,7 +47,7 @@ class Repoint:
     @property
     def path(self) -> str:
         """The absolute path of the layer that comes to lie over others."""
-        return os.path.abspath(self._chain.layers[self._index].path)
+        return absolute_path(self._chain.layers[self._index].path)
 
     @property
     def _index(self) -> int:
@@ -107,6 +107,11 @@ def backing_name(layer: ResolvedLayer, base: ResolvedLayer) -> str:
             # A colon before the first slash would make it a protocol (N1).
             return f"./{relative}" if ":" in relative.partition("/")[0] else relative
     return os.path.abspath(base.path) if _is_same(os.path.abspath(base.path), base) else os.path.realpath(base.path)
+
+
+def absolute_path(path: str) -> str:
+    """The path from the root, links not followed."""
+    return os.path.abspath(path)
 
 
 def real_path(path: str) -> str:

@@ -13,7 +13,7 @@ from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain, WritableDisk
 from nbdq.chain.policy import Policy
 from nbdq.ops.control import Control
-from nbdq.ops.operation import MirroringOperation, Operation
+from nbdq.ops.operation import MarkingOperation, MirroringOperation, Operation
 from tests.support.images import Image
 from tests.support.operations import Operation as Request
 from tests.support.operations import Verb
@@ -119,6 +119,8 @@ class Served:
         operation.run(control or Control())
         with self.gate.drained():
             operation.pivot()
+            if isinstance(operation, MarkingOperation):
+                operation.mark()
         operation.finish()
 
     def give_up(self, operation: Operation) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nbdq.errors import ImageLocked, OperationError
+from nbdq.errors import ChainError, ImageLocked, OperationError
 from nbdq.ops.active_commit import ActiveCommit
 from nbdq.ops.commit import Commit
 from nbdq.ops.control import Cancelled, Control
@@ -297,6 +297,17 @@ def test_what_becomes_free_in_the_base_is_not_used_again_while_the_disk_may_know
         assert disk.read() == before
     assert qemu_reads(image.top) == before
     check(image.paths[0])
+
+
+def test_the_old_top_is_not_opened_for_writing_again(tmp_path: Path) -> None:
+    image = _chain(tmp_path, *_THREE)
+    with served(image) as disk:
+        disk.carry_out(ActiveCommit(disk.chain, base=2))
+    with pytest.raises(ChainError, match="has been the disk since"):
+        served(image)
+    with Served(image.paths[0]) as disk:
+        disk.device.write(0, memoryview(b"x" * 512))
+    check(*image.paths)
 
 
 def test_nonsense_is_refused_in_words(tmp_path: Path) -> None:
