@@ -82,8 +82,9 @@ class Allocator:
     def waiting_of(self, clusters: NDArray[np.uint64]) -> NDArray[np.int64]:
         """How many references to each of ``clusters`` wait for their end."""
         runs = self._waiting_runs()
-        begun = np.searchsorted(sorted(run.first for run in runs), clusters, "right")
-        return begun - np.searchsorted(sorted(run.first + run.clusters for run in runs), clusters, "right")
+        starts = np.sort(np.array([run.first for run in runs], dtype=np.uint64))
+        ends = np.sort(np.array([run.first + run.clusters for run in runs], dtype=np.uint64))
+        return np.searchsorted(starts, clusters, "right") - np.searchsorted(ends, clusters, "right")
 
     def allocate(self, count: int) -> Run:
         """Take at least one and at most ``count`` neighbouring clusters; their refcount is 1 from now on.

@@ -136,7 +136,7 @@ def delete_snapshot(image: WritableImage, snapshot: Snapshot) -> None:
             flagged[part] = own[part] & disk.set_flags(words, alone)
         places = _rewrite(switch, disk, flagged, lambda words: disk.set_flags(words, alone))
         l1 = _write_l1(switch, disk.indexes, places, own=own, l1_size=image.header.l1_size)
-        unused = _keep_unused(counts, lost)
+        tables, unused = _unnamed(image, past.clusters, counts), _keep_unused(counts, lost)
         kept = [record for number, record in enumerate(table.records) if number != position]
         header = _write_snapshot_table(image, switch, table, kept)
         switch.abandon(image.header.l1_table_offset, image.header.l1_size * 8)
@@ -149,7 +149,7 @@ def delete_snapshot(image: WritableImage, snapshot: Snapshot) -> None:
             if (loaded := image.mapping.tables.get(l1_index)) is not None:
                 loaded.offset = l1.words[l1_index] & OFFSET_MASK
                 disk.set_flags(loaded.values[np.newaxis], alone)
-        return _let_go(image, switch, unused)
+        return _let_go(image, tables, unused)
 
     reclaim(image, switching(image, change, drained=False))
 
@@ -189,7 +189,7 @@ def apply_snapshot(image: WritableImage, snapshot: Snapshot) -> NDArray[np.uint6
         counts = _raised(image, switch.counts - lost.counts.astype(switch.counts.dtype), named)
         places = _rewrite(switch, past, flagged, past.clear_flags)
         l1 = _write_l1(switch, past.indexes, places, own=flagged, l1_size=l1_size)
-        unused = _keep_unused(counts, lost)
+        tables, unused = _unnamed(image, disk.clusters, counts), _keep_unused(counts, lost)
         switch.abandon(image.header.l1_table_offset, image.header.l1_size * 8)
         switch.make(counts, replace(image.header, l1_table_offset=l1.offset, l1_size=l1_size, size=size))
         image.mapping.l1 = l1
@@ -197,7 +197,7 @@ def apply_snapshot(image: WritableImage, snapshot: Snapshot) -> NDArray[np.uint6
         image.size = image.header.guest_size
         if image.bitmaps is not None:
             image.bitmaps.resize(image.size)
-        return _let_go(image, switch, unused)
+        return _let_go(image, tables, unused)
 
     return switching(image, change, drained=True)
 
@@ -278,9 +278,17 @@ def _keep_unused(counts: Counts, lost: Tally) -> NDArray[np.intp]:
     return unused
 
 
-def _let_go(image: WritableImage, switch: Switch, unused: NDArray[np.intp]) -> NDArray[np.uint64]:
-    """Protect no more what was metadata among the clusters that are used no more; their numbers."""
-    for cluster in unused[switch.metadata[unused]].tolist():
+def _unnamed(image: WritableImage, tables: Words, counts: Counts) -> list[int]:
+    """Those of the L2 ``tables`` that no state names any more: what references they have are waiting for their end."""
+    waiting = image.allocator.waiting_of(tables)
+    named = counts[tables.astype(np.intp)].astype(np.int64) > waiting
+    found: list[int] = tables[~named].tolist()
+    return found
+
+
+def _let_go(image: WritableImage, tables: Sequence[int], unused: NDArray[np.intp]) -> NDArray[np.uint64]:
+    """Tables that nobody names are no metadata any longer; the clusters that can be reclaimed, by number."""
+    for cluster in tables:
         image.protected.remove(cluster, 1)
     image.packing = 0  # the next compressed cluster could follow one that is free soon
     return unused.astype(np.uint64)

@@ -385,6 +385,22 @@ def test_reads_of_a_replaced_cluster_end_before_it_is_used_again(engine: Engine)
     sound(engine)
 
 
+def test_a_table_whose_last_reference_is_only_waiting_is_metadata_no_more(engine: Engine) -> None:
+    """The disk has just replaced the table that it shared with two snapshots."""
+    engine.write(0, 64 * K)
+    both = create(engine), create(engine, "two")
+    with engine.image.epochs.pinned():
+        writer = threading.Thread(target=engine.write, args=(0, 4 * K), kwargs={"seed": 2})
+        writer.start()
+        writer.join()
+        for snapshot in both:
+            delete_snapshot(engine.image, snapshot)
+    engine.settle()
+    engine.write(1 * M, 1 * M, seed=3)
+    sound(engine)
+    assert not engine.image.is_corrupt
+
+
 # Going back.
 
 
