@@ -226,3 +226,14 @@ def test_closing_waits_for_what_is_being_inflated_and_forgets_everything() -> No
     closing.join(PATIENCE)
     assert not closing.is_alive()
     assert cache.peek("a") is None
+
+
+def test_a_forgotten_cluster_is_inflated_anew_and_takes_no_room(cache: ClusterCache) -> None:
+    cache.get("a", lambda: b"a" * 600)
+    cache.get("b", lambda: b"b" * 300)
+    cache.forget("a")
+    cache.forget("unknown")
+    assert cache.peek("a") is None
+    cache.get("c", lambda: b"c" * 600)
+    assert cache.peek("b") == b"b" * 300, "the budget counts what is there"
+    assert cache.get("a", lambda: b"new") == b"new"

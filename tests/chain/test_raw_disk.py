@@ -1,4 +1,4 @@
-"""A raw image that is written to: what was written is read, holes are told as they are, the disk never grows."""
+"""A raw image that is written to: what was written is read, holes are told as they are, sizes change on demand only."""
 
 import errno
 import os
@@ -306,3 +306,38 @@ def test_closing_twice_closes_once(disk: RawDisk, medium: Medium) -> None:
     disk.close()
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         os.fstat(descriptor)
+
+
+def test_a_raw_disk_changes_its_size_durably_and_what_is_new_reads_as_zeros(medium: Medium, disk: RawDisk) -> None:
+    old = bytes(medium.read(0, SIZE))
+    disk.shrink(SIZE - 512)
+    assert (disk.size, medium.size()) == (SIZE - 512, SIZE - 512)
+    assert medium.log[-1] == "sync"
+    disk.grow(SIZE + PAGE)
+    assert (disk.size, medium.size()) == (SIZE + PAGE, SIZE + PAGE)
+    assert medium.log[-1] == "sync"
+    assert medium.read(0, SIZE + PAGE) == old[:-512] + bytes(512 + PAGE)
+    view = memoryview(bytearray(PAGE))
+    disk.read_into(SIZE, view)
+    assert view == bytes(PAGE)
+
+
+def test_a_raw_disk_that_cannot_have_a_size_keeps_its_own(medium: Medium, disk: RawDisk) -> None:
+    for resize, sizes in ((disk.grow, (SIZE, SIZE - 512, SIZE + 1)), (disk.shrink, (SIZE, SIZE + 512, 0, -512, 511))):
+        for size in sizes:
+            with pytest.raises(OSError, match="cannot") as caught:
+                resize(size)
+            assert caught.value.errno == errno.EINVAL
+    medium.is_block_device = True
+    for resize, size in ((disk.grow, SIZE + 512), (disk.shrink, SIZE - 512)):
+        with pytest.raises(OSError, match="block device") as caught:
+            resize(size)
+        assert caught.value.errno == errno.EOPNOTSUPP
+    assert (disk.size, medium.size()) == (SIZE, SIZE)
+
+
+def test_a_finished_raw_disk_is_durable_and_still_open(medium: Medium, disk: RawDisk) -> None:
+    disk.write(0, memoryview(b"x" * 512))
+    disk.finish()
+    assert medium.log == ["write", "sync"]
+    assert medium.read(0, 1) == b"x"
