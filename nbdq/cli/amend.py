@@ -200,7 +200,7 @@ def _amend_backing(
         if forget_overlay and header.overlay_marker is not None:
             header = set_overlay_marker(layer.storage, header, None)
         name = values.get("backing_file", header.backing_name) or None
-        format = values.get("backing_fmt", header.backing_format)
+        format: Any = values.get("backing_fmt", header.backing_format)
         if name is None and "backing_fmt" in values:
             raise OperationError("backing_fmt cannot be used without a backing file")
         if name == header.backing_name:

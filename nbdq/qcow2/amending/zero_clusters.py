@@ -11,6 +11,7 @@ up instead.
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,13 +111,13 @@ class _Expansion:
             return
         references = self._tables.references[offset]
         flag = COPIED if references == 1 and offset in self._tables.active else 0
-        plain = []
-        for index in np.flatnonzero(zero).tolist():
-            host = int(entries[index]) & OFFSET_MASK
-            if host and self._keep(host, references):
+        hosts = entries & _OFFSET
+        for index in np.flatnonzero(zero & (hosts != 0)).tolist():
+            host = int(hosts[index])
+            if self._keep(host, references):
                 entries[index] = host | flag
-            else:
-                plain.append(index)
+                zero[index] = False
+        plain = np.flatnonzero(zero)
         if self._header.backing_name is None:
             entries[plain] = 0
         else:
@@ -139,13 +140,12 @@ class _Expansion:
         self._given_up += [cluster] * references
         return False
 
-    def _fill(self, entries: NDArray[np.uint64], indices: list[int], *, references: int, flag: int) -> None:
+    def _fill(self, entries: NDArray[np.uint64], indices: NDArray[np.intp], *, references: int, flag: int) -> None:
         """Let the entries name new clusters of zeros."""
         image, bits = self.image, self._header.cluster_bits
         position = 0
         while position < len(indices):
-            count = len(indices) - position
-            run = image.growing(lambda count=count: image.allocator.allocate(count))  # type: ignore[misc]
+            run = image.growing(partial(image.allocator.allocate, len(indices) - position))
             self._storage.write_zeros(run.first << bits, run.clusters << bits)
             clusters = np.arange(run.first, run.first + run.clusters, dtype=np.uint64)
             with image.changing():
