@@ -290,28 +290,7 @@ class ChainDisk:
         Raises:
             OSError: EIO where metadata is corrupt, after everything before it; or a table cannot be read.
         """
-        pending: Extent | None = None
-        for runs, end in self._sound_runs(offset, length):
-            for low, high, kind, depth, host in runs.each(end):
-                extent = Extent(
-                    low,
-                    high - low,
-                    depth,
-                    present=kind not in _UNALLOCATED,
-                    zero=kind in _ZERO,
-                    data=kind in _HAS_DATA,
-                    compressed=kind == _COMPRESSED,
-                    offset=host if kind in _HAS_OFFSET else None,
-                    path=self._files[depth].path,
-                )
-                if pending is not None and _continues(pending, extent):
-                    pending = pending._replace(length=extent.start + extent.length - pending.start)
-                else:
-                    if pending is not None:
-                        yield pending
-                    pending = extent
-        if pending is not None:
-            yield pending
+        return extents_of(self._sound_runs(offset, length), lambda layer: self._files[layer].path)
 
     def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel for the file ranges behind a guest range. A hint: what cannot be found out is left out."""
@@ -384,6 +363,32 @@ def sound_runs(chunks: Iterable[tuple[Runs, int]], path_of: Callable[[int], str]
         if first:
             yield runs.where(slice(first)), start
         raise OSError(errno.EIO, f"corrupt table entry for guest offset {start}", path_of(int(runs.layer[first])))
+
+
+def extents_of(chunks: Iterable[tuple[Runs, int]], path_of: Callable[[int], str]) -> Iterator[Extent]:
+    """What ``qemu-img map`` says of runs; ``path_of`` gives the file that the offsets of a layer point into."""
+    pending: Extent | None = None
+    for runs, end in chunks:
+        for low, high, kind, depth, host in runs.each(end):
+            extent = Extent(
+                low,
+                high - low,
+                depth,
+                present=kind not in _UNALLOCATED,
+                zero=kind in _ZERO,
+                data=kind in _HAS_DATA,
+                compressed=kind == _COMPRESSED,
+                offset=host if kind in _HAS_OFFSET else None,
+                path=path_of(depth),
+            )
+            if pending is not None and _continues(pending, extent):
+                pending = pending._replace(length=extent.start + extent.length - pending.start)
+            else:
+                if pending is not None:
+                    yield pending
+                pending = extent
+    if pending is not None:
+        yield pending
 
 
 def statuses(chunks: Iterable[tuple[Runs, int]], layer_count: int) -> Iterator[Status]:

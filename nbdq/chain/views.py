@@ -1,10 +1,13 @@
 """Other views of a live chain than its disk: an internal snapshot, or a layer with what is below it. Read-only."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nbdq.chain.disk import ChainDisk
+from nbdq.block import Extent
+from nbdq.chain.disk import ChainDisk, extents_of, sound_runs
 from nbdq.chain.live import LiveChain
 from nbdq.chain.open import read_only_layer
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.errors import OperationError, printable
 
 
@@ -36,3 +39,20 @@ def open_view(chain: LiveChain, view: View) -> ChainDisk:
     shown = read_only_layer(layers[index], view.snapshot)
     below = chain.slice(index + 1, len(layers) - 1).layers if index + 1 < len(layers) else []
     return ChainDisk([shown, *below], clusters=chain.clusters)
+
+
+def live_extents(chain: LiveChain, offset: int, length: int) -> Iterator[Extent]:
+    """What ``qemu-img map`` would say of the disk, while it is in use; each extent as it is when it is asked for.
+
+    Raises:
+        OSError: as :meth:`nbdq.chain.disk.ChainDisk.extents`.
+    """
+    device = chain.device
+    if isinstance(device, ChainDisk):
+        return device.extents(offset, length)
+    if isinstance(device, OverlayDisk):
+        files = [(layer.data_storage or layer.storage).path for layer in chain.layers]
+        return extents_of(
+            sound_runs(device.runs(offset, length), lambda layer: files[layer]), lambda layer: files[layer]
+        )
+    return ChainDisk([read_only_layer(chain.layers[0])], clusters=chain.clusters).extents(offset, length)

@@ -5,6 +5,13 @@ import threading
 from nbdq.nbd.constants import Command
 
 _COMMANDS = max(Command) + 1
+_NAMES = {
+    "rd": (Command.READ,),
+    "wr": (Command.WRITE, Command.WRITE_ZEROES),
+    "unmap": (Command.TRIM,),
+    "flush": (Command.FLUSH,),
+}
+_STATUS = (Command.BLOCK_STATUS,)
 
 
 class Counters:
@@ -45,18 +52,18 @@ class Counters:
         ):
             mine[:] = map(sum, zip(mine, theirs, strict=True))
 
-    def requests(self, *commands: Command) -> int:
-        """Requests that succeeded."""
-        return max(0, sum(self._requests[command] - self._failed[command] for command in commands))
+    def described(self) -> dict[str, int]:
+        """The counters under QEMU's names. Operations are those that succeeded, ``failed`` those that the disk failed,
+        ``invalid`` those that were wrong in themselves; WRITE_ZEROES counts as a write, TRIM as unmapping."""
+        found = {"x-nbdq-status-operations": self._succeeded(self._requests, self._failed, _STATUS)}
+        for name, commands in _NAMES.items():
+            if name != "flush":
+                found[f"{name}_bytes"] = self._succeeded(self._bytes, self._failed_bytes, commands)
+                found[f"{name}_merged"] = 0
+            found[f"{name}_operations"] = self._succeeded(self._requests, self._failed, commands)
+            found[f"failed_{name}_operations"] = sum(self._failed[command] for command in commands)
+            found[f"invalid_{name}_operations"] = sum(self._invalid[command] for command in commands)
+        return found
 
-    def bytes(self, *commands: Command) -> int:
-        """Bytes of requests that succeeded."""
-        return max(0, sum(self._bytes[command] - self._failed_bytes[command] for command in commands))
-
-    def failures(self, *commands: Command) -> int:
-        """Requests that the disk failed."""
-        return sum(self._failed[command] for command in commands)
-
-    def refusals(self, *commands: Command) -> int:
-        """Requests that were wrong in themselves."""
-        return sum(self._invalid[command] for command in commands)
+    def _succeeded(self, all: list[int], failed: list[int], commands: tuple[Command, ...]) -> int:
+        return sum(max(0, all[command] - failed[command]) for command in commands)  # a failure may be counted first

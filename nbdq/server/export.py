@@ -166,9 +166,23 @@ class Export:
         for client in self.clients:
             client.resize(device.size)
 
-    def close_to_writers(self, *, read_only: bool) -> None:
-        """Whether new clients may only read; those that are there go on as they were told."""
-        self.info = replace(self.info, flags=_READ_ONLY_FLAGS if read_only or self.writing is None else _WRITABLE_FLAGS)
+    @property
+    def admits_writers(self) -> bool:
+        """Whether new clients may write."""
+        return TransmissionFlag.READ_ONLY not in self.info.flags
+
+    def admit_writers(self, admitted: bool) -> None:
+        """Whether new clients may write; those that are there go on as they were told."""
+        assert self.writing is not None
+        self.info = replace(self.info, flags=_WRITABLE_FLAGS if admitted else _READ_ONLY_FLAGS)
+
+    def describe(self, description: str) -> None:
+        """Tell new clients another description.
+
+        Raises:
+            ExportError: it is not fit for the protocol (P2).
+        """
+        self.info = replace(self.info, description=description)
 
 
 def _contexts(bitmaps: Iterable[str], *, allocation_depth: bool) -> tuple[str, ...]:

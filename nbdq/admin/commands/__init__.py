@@ -1,5 +1,27 @@
 """All commands of the admin socket; importing this offers them."""
 
-from nbdq.admin.commands import bitmaps, checkpoints, jobs, misc, snapshots
+from nbdq.admin.commands import (
+    amend,
+    bitmaps,
+    block_jobs,
+    checkpoints,
+    exports,
+    jobs,
+    misc,
+    queries,
+    snapshots,
+    thresholds,
+)
 
-__all__ = ["bitmaps", "checkpoints", "jobs", "misc", "snapshots"]
+__all__ = [
+    "amend",
+    "bitmaps",
+    "block_jobs",
+    "checkpoints",
+    "exports",
+    "jobs",
+    "misc",
+    "queries",
+    "snapshots",
+    "thresholds",
+]
