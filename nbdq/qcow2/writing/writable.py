@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from nbdq.block import LowerDisk
 from nbdq.errors import CorruptImage
 from nbdq.qcow2.entries import COMPRESSED, COPIED, DESCRIPTOR_MASK, OFFSET_MASK, Geometry
-from nbdq.qcow2.format import Header, Incompatible, update_fields
+from nbdq.qcow2.format import Header, Incompatible
+from nbdq.qcow2.header_area import write_fields
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.writing.allocator import Allocator, TableFull
 from nbdq.qcow2.writing.epochs import Epochs
@@ -36,8 +37,6 @@ from nbdq.storage import FileStorage
 #: Freed clusters, and changed L2 tables, that may wait for a flush before one is forced (R-50).
 _FREED_BUDGET = 64 << 20
 _DIRTY_BUDGET = 16 << 20
-
-_SECTOR = 512
 _Result = TypeVar("_Result")
 
 
@@ -385,9 +384,7 @@ class WritableImage:
 
     def write_header(self, header: Header) -> None:
         """:meth:`update_header` under the lock."""
-        self.storage.write(0, update_fields(self.storage.read(0, _SECTOR), header))
-        self.storage.sync()
-        self.header = header
+        self.header = write_fields(self.storage, header)
 
     def rewrite_header(self, change: Callable[[FileStorage, Header], Header]) -> None:
         """Let ``change`` rewrite the header area of the file, durably; :attr:`header` is what it returns.
