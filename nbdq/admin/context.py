@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from nbdq.admin.checkpoints import Checkpoints
 from nbdq.admin.jobs import Jobs
 from nbdq.admin.policies import Policies
-from nbdq.admin.state import State
+from nbdq.admin.state import JobRecord, State
 from nbdq.errors import NotFound, printable
 from nbdq.server.export import Exports
 from nbdq.server.threads import in_thread
@@ -66,6 +66,8 @@ class Context:
     quit: Callable[[], None]
     """Stop the server cleanly, soon."""
     peer: Peer
+    resumed: JobRecord | None = None
+    """The job that a command is to go on with, which a former server had begun; None for a client's command."""
 
     async def in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """What ``function`` returns; it may wait for a disk, on another thread, and is never interrupted."""

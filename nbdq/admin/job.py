@@ -22,7 +22,7 @@ from typing import Any, Literal
 from nbdq.admin.state import State
 from nbdq.errors import ImageError, OperationError, printable
 from nbdq.ops.control import Cancelled, Control
-from nbdq.ops.operation import MirroringOperation, Operation
+from nbdq.ops.operation import MarkingOperation, MirroringOperation, Operation
 from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
 
@@ -76,6 +76,8 @@ class JobRequest:
     """The command that asks for it; together with ``arguments`` it says whether two requests are the same."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """The fields of the command's argument class."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """What layers the arguments meant when it began; to be recorded, for names may mean others later."""
     layers: frozenset[str] | None = None
     """Paths of the layers that nobody else may restructure meanwhile; None for all of the disk."""
     speed: int = 0
@@ -297,14 +299,24 @@ class Job:
         """Change the disk, and record durably what it is now, before any request goes on (R-59, R-60)."""
         volume = self.request.volume
         async with volume.drained():
-            await in_thread(self._operation.pivot)
             try:
-                await in_thread(self._record_end)
-            except BaseException:
-                await in_thread(self._operation.revert)
-                raise
+                await in_thread(self._operation.pivot)
+                try:
+                    await in_thread(self._record_end)
+                except BaseException:
+                    await in_thread(self._operation.revert)
+                    raise
+                await self._mark()
             finally:
                 volume.adopt()
+
+    async def _mark(self) -> None:
+        """Protect a file that was the disk from being taken for it; not to be able to is no reason to go back."""
+        if isinstance(self._operation, MarkingOperation):
+            try:
+                await in_thread(self._operation.mark)
+            except (ImageError, OSError) as error:
+                _log.warning("job %s could not mark the old top: %s", printable(self.id), _text(error))
 
     def _record_end(self) -> None:
         volume = self.request.volume

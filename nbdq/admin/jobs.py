@@ -79,6 +79,17 @@ class Jobs:
         except KeyError:
             raise NotActive(f"Block job '{printable(job_id)}' not found") from None
 
+    def find_same(self, job_id: str, command: str, arguments: dict[str, Any]) -> Job | None:
+        """The job of that name, if it is there; a client that lost its connection may ask for it twice.
+
+        Raises:
+            OperationError: the name is taken by another request.
+        """
+        there = self._jobs.get(job_id)
+        if there is None or (there.request.command, there.request.arguments) == (command, arguments):
+            return there
+        raise OperationError(f"Job ID '{printable(job_id)}' already in use")
+
     @contextmanager
     def exclusive(self, volume: Volume, what: str, layers: frozenset[str] | None = None) -> Iterator[None]:
         """Nobody else restructures these layers (paths; None: the whole disk) inside the block; ``what`` says who does.
@@ -105,19 +116,16 @@ class Jobs:
     async def start(self, request: JobRequest, make: Callable[[], Operation]) -> Job:
         """Start what ``make`` returns (called in a thread, once the layers are ours); the job is recorded on return.
 
-        The same request again, while its job is there, is answered with that job: a client that lost its connection may
-        ask twice.
+        The same request again, while its job is there, is answered with that job.
 
         Raises:
             OperationError: the name is taken by another request or not well-formed, or the layers are in use.
             ImageError, OSError: from ``make``, or the state file cannot be written.
         """
         async with self._starting:
-            there = self._jobs.get(request.id)
+            there = self.find_same(request.id, request.command, request.arguments)
             if there is not None:
-                if (there.request.command, there.request.arguments) == (request.command, request.arguments):
-                    return there
-                raise OperationError(f"Job ID '{printable(request.id)}' already in use")
+                return there
             if not _WELL_FORMED.fullmatch(request.id) and request.id != request.volume.name:
                 raise OperationError(f"Invalid job ID '{printable(request.id)}'")
             claim = self._claim(request.volume, f"job '{request.id}' ({request.type})", request.layers)
@@ -149,7 +157,9 @@ class Jobs:
 
     def _record(self, request: JobRequest) -> None:
         with self._state.transaction() as changes:
-            changes.put_job(request.volume.name, JobRecord(request.id, request.command, request.arguments))
+            changes.put_job(
+                request.volume.name, JobRecord(request.id, request.command, request.arguments, request.paths)
+            )
 
     async def stop(self) -> None:
         """The server ends: stop all jobs; those that persist go on after a restart. No thread of a job is left."""

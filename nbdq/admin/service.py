@@ -60,6 +60,7 @@ class Administration:
             OSError: the state file cannot be written.
         """
         self._volumes = Volumes(volumes)
+        exports.on_deleted = lambda export: self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
         self._jobs = Jobs(self._state, self._emit)
         self._context = Context(
             volumes=self._volumes,
@@ -104,7 +105,8 @@ class Administration:
         """A job that cannot be started again is over, whatever it had done; the disk is whole in any case."""
         try:
             command = COMMANDS[job.command]
-            await command.run(self._context, parse(command.arguments, job.arguments, spell=str))
+            arguments = parse(command.arguments, job.arguments, spell=str)
+            await command.run(replace(self._context, resumed=job), arguments)
             _log.info("job %s goes on", printable(job.id))
         except (NbdqError, OSError, KeyError) as error:
             _log.warning("job %s does not go on: %s", printable(job.id), error)

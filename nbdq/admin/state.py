@@ -42,9 +42,11 @@ class JobRecord:
     command: str
     """The command that started it."""
     arguments: dict[str, Any]
-    """Its arguments as they came over the wire."""
+    """The fields of the command's argument class."""
+    paths: dict[str, str] = field(default_factory=dict)
+    """The layers that the arguments meant when it began."""
     offset: int = 0
-    """So many bytes of its work need not be repeated."""
+    """The part of the disk before this guest offset is done, durably."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class Changes:
     def put_job(self, name: str, job: JobRecord) -> None:
         """Remember ``job``, in the place of the one with its id."""
         self._update(name, jobs=[*(other for other in self._disk(name).jobs if other.id != job.id), job])
+
+    def advance_job(self, name: str, job_id: str, offset: int) -> None:
+        """The job has got as far as the guest offset ``offset``, durably; nothing happens if it has ended."""
+        jobs = [replace(job, offset=offset) if job.id == job_id else job for job in self._disk(name).jobs]
+        self._update(name, jobs=jobs)
 
     def remove_job(self, name: str, job_id: str) -> None:
         """The job has ended."""

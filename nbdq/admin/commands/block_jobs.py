@@ -1,0 +1,282 @@
+"""Jobs that restructure a chain: commit, stream and rebase, with QEMU's arguments where QEMU has the command.
+
+Layers are named by their paths, or by node names that they were given. Only nbdq looks before it leaps: a commit is
+refused under other overlays, into templates, and where exports show what would change.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from nbdq.admin.context import Context
+from nbdq.admin.job import JobRequest, OnError
+from nbdq.admin.registry import Reply, command
+from nbdq.chain.live import LiveChain
+from nbdq.chain.raw_disk import RawDisk
+from nbdq.errors import NotFound, OperationError, printable
+from nbdq.ops.active_commit import ActiveCommit
+from nbdq.ops.commit import Commit, check_range
+from nbdq.ops.operation import Operation
+from nbdq.ops.preflight import find_overlays
+from nbdq.ops.rebase import Rebase, change_backing_file
+from nbdq.ops.stream import Stream
+from nbdq.ops.stretches import Stretches
+from nbdq.server.volume import Volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What all of them can be told."""
+
+    device: str
+    job_id: str | None = None
+    """By default the name of the device."""
+    speed: int = 0
+    on_error: Literal["report", "ignore", "enospc", "stop"] = "report"
+    filter_node_name: str | None = None
+    """Accepted for QEMU's sake: there are no filter nodes."""
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+    @property
+    def id(self) -> str:
+        return self.device if self.job_id is None else self.job_id
+
+    def request(self, name: str, kind: str, volume: Volume, *, persistent: bool, paths: dict[str, str]) -> JobRequest:
+        """The job that the command ``name`` starts, of QEMU's type ``kind``.
+
+        Raises:
+            OperationError: an option is impossible.
+        """
+        if self.speed < 0:
+            raise OperationError("Invalid parameter 'speed': it must not be negative")
+        if self.on_error == "ignore":
+            raise OperationError("Parameter 'on-error' does not accept value 'ignore': the disk would lose data")
+        on_error: OnError = self.on_error
+        return JobRequest(
+            id=self.id,
+            type=kind,
+            volume=volume,
+            command=name,
+            arguments=asdict(self),
+            paths=paths,
+            speed=self.speed,
+            on_error=on_error,
+            auto_finalize=self.auto_finalize,
+            auto_dismiss=self.auto_dismiss,
+            persistent=persistent,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitArguments(JobOptions):
+    """Of block-commit."""
+
+    top: str | None = None
+    top_node: str | None = None
+    base: str | None = None
+    base_node: str | None = None
+    backing_file: str | None = None
+    x_nbdq_directories: list[str] = field(default_factory=list)
+    """Where to look for other overlays, besides the layers' own directories."""
+    x_nbdq_force: bool = False
+    """Commit even where other overlays, templates or exports are in the way."""
+    x_nbdq_dry_run: bool = False
+    """Only say what would happen."""
+
+
+@command("block-commit", CommitArguments)
+async def commit(context: Context, arguments: CommitArguments) -> Reply:
+    """Commit layers of a disk into one below them; if the active one is among them, that waits to be completed."""
+    if not arguments.x_nbdq_dry_run and _is_there(context, "block-commit", arguments):
+        return None
+    volume = context.volumes.volume(arguments.device)
+    chain = volume.chain
+    layers = chain.layers
+    if len(layers) < 2:
+        raise OperationError("Image does not have a backing file.")
+    top = _layer(context, chain, "top", arguments.top, arguments.top_node, default=0)
+    base = _layer(context, chain, "base", arguments.base, arguments.base_node, default=len(layers) - 1)
+    if top == 0 and arguments.backing_file is not None:
+        raise OperationError("'backing-file' specified, but 'top' is the active layer")
+    if not arguments.x_nbdq_force:
+        if context.policies.is_template(layers[base].path):
+            raise OperationError(f"{printable(layers[base].path, 1024)} is a template; it must not be committed into")
+        _refuse_shown(volume, top, base)
+
+    options: dict[str, Any] = {"directories": arguments.x_nbdq_directories, "force": arguments.x_nbdq_force}
+
+    def make() -> Operation:
+        if top == 0:
+            return ActiveCommit(chain, base=base, **options)
+        return Commit(
+            chain,
+            top=top,
+            base=base,
+            backing_file=arguments.backing_file,
+            start=0 if context.resumed is None else context.resumed.offset,
+            on_durable=_recorder(context, volume.name, arguments.id),
+            **options,
+        )
+
+    if arguments.x_nbdq_dry_run:
+        return await context.in_thread(_foresee_commit, chain, top, base, arguments.x_nbdq_directories)
+    paths = {"top": layers[top].path, "base": layers[base].path}
+    await context.jobs.start(arguments.request("block-commit", "commit", volume, persistent=True, paths=paths), make)
+    return None
+
+
+def _foresee_commit(chain: LiveChain, top: int, base: int, directories: list[str]) -> dict[str, Any]:
+    """What a commit would do, found out without changing anything."""
+    check_range(chain, top=top, base=base)
+    layers = chain.layers
+    known = [layer.path for layer in layers]
+    changing = [layer.path for layer in layers[top + 1 : base + 1]]
+    source = chain.slice(top, base) if top else chain.device
+    assert not isinstance(source, RawDisk), "a raw disk lies over nothing"
+    return {
+        "bytes": Stretches(source, range(base - top)).measure(),
+        "grows-by": max(0, source.size - chain.slice(base, base).size),
+        "drops": [layer.path for layer in layers[top:base]],
+        "overlays": sorted({found for path in changing for found in find_overlays(path, directories, known=known)}),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamArguments(JobOptions):
+    """Of block-stream."""
+
+    base: str | None = None
+    base_node: str | None = None
+    bottom: str | None = None
+    """The last layer that is taken over, instead of the first one that is not."""
+    backing_file: str | None = None
+    x_nbdq_layer: str | None = None
+    """The layer that takes over, instead of the active one."""
+
+
+@command("block-stream", StreamArguments)
+async def stream(context: Context, arguments: StreamArguments) -> Reply:
+    """Let a layer of a disk take over what the layers below it hold, down to a base or all of it."""
+    if _is_there(context, "block-stream", arguments):
+        return None
+    volume = context.volumes.volume(arguments.device)
+    chain = volume.chain
+    into = None if arguments.device == volume.name else arguments.device  # the node name of a layer
+    index = _layer(context, chain, "layer", arguments.x_nbdq_layer, into, default=0)
+    if arguments.bottom is not None and (arguments.base is not None or arguments.base_node is not None):
+        raise OperationError("'bottom' and 'base' are mutually exclusive")
+    base: int | None
+    if arguments.bottom is not None:
+        base = _layer(context, chain, "bottom", arguments.bottom, None, default=0) + 1
+    else:
+        base = _layer(context, chain, "base", arguments.base, arguments.base_node, default=len(chain.layers))
+    below = None if base == len(chain.layers) else base
+    _refuse_shown(volume, index + 1, base - 1)
+
+    def make() -> Operation:
+        return Stream(chain, index=index, base=below, backing_file=arguments.backing_file)
+
+    paths = {"layer": chain.layers[index].path}
+    if below is not None:
+        paths["base"] = chain.layers[below].path
+    if arguments.bottom is not None:
+        paths["bottom"] = chain.layers[base - 1].path
+    await context.jobs.start(arguments.request("block-stream", "stream", volume, persistent=True, paths=paths), make)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebaseArguments(JobOptions):
+    """Of x-nbdq-rebase."""
+
+    backing_file: str
+    """The new backing file, as it is to be recorded; empty: none, all of it is taken over."""
+    backing_format: Literal["qcow2", "raw"] | None = None
+    layer: str | None = None
+    """The layer that is to lie over it, instead of the active one."""
+
+
+@command("x-nbdq-rebase", RebaseArguments)
+async def rebase(context: Context, arguments: RebaseArguments) -> Reply:
+    """Put a layer of a disk over another chain; it takes over what would read otherwise there."""
+    if _is_there(context, "x-nbdq-rebase", arguments):
+        return None
+    volume = context.volumes.volume(arguments.device)
+    chain = volume.chain
+    index = _layer(context, chain, "layer", arguments.layer, None, default=0)
+    if arguments.backing_file and arguments.backing_format is None:
+        raise OperationError("backing format must be specified")
+    _refuse_shown(volume, index + 1, len(chain.layers) - 1)
+
+    def make() -> Operation:
+        if not arguments.backing_file:
+            return Stream(chain, index=index)
+        assert arguments.backing_format is not None
+        return Rebase(chain, index=index, name=arguments.backing_file, format=arguments.backing_format)
+
+    request = arguments.request("x-nbdq-rebase", "x-nbdq-rebase", volume, persistent=False, paths={})
+    await context.jobs.start(request, make)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeBackingFile:
+    """Of change-backing-file."""
+
+    device: str
+    image_node_name: str
+    """The layer: its node name or path."""
+    backing_file: str
+    """Empty: none."""
+    x_nbdq_backing_format: Literal["qcow2", "raw"] | None = None
+
+
+@command("change-backing-file", ChangeBackingFile)
+async def change_backing(context: Context, arguments: ChangeBackingFile) -> Reply:
+    """Change what a layer's header says of its backing file; the disk goes on as it is. Nothing is checked."""
+    volume = context.volumes.volume(arguments.device)
+    chain = volume.chain
+    with context.jobs.exclusive(volume, "change-backing-file"):
+        async with volume.steady():
+            index = chain.index_of(arguments.image_node_name)
+            await context.in_thread(
+                change_backing_file, chain, index, arguments.backing_file, arguments.x_nbdq_backing_format
+            )
+    return None
+
+
+def _is_there(context: Context, name: str, arguments: JobOptions) -> bool:
+    """Whether this very job has been started already; then its layers may be gone."""
+    return context.jobs.find_same(arguments.id, name, asdict(arguments)) is not None
+
+
+def _layer(context: Context, chain: LiveChain, what: str, path: str | None, node: str | None, *, default: int) -> int:
+    """The layer that an argument names in one of QEMU's two ways, or that it meant when its job began."""
+    if path is not None and node is not None:
+        raise OperationError(f"'{what}-node' and '{what}' are mutually exclusive")
+    if context.resumed is not None and what in context.resumed.paths:
+        return chain.index_of(context.resumed.paths[what])
+    name = path if node is None else node
+    return default if name is None else chain.index_of(name)
+
+
+def _refuse_shown(volume: Volume, first: int, last: int) -> None:
+    """Leave alone what exports show as it is."""
+    for name in volume.shown_layers():
+        try:
+            index = volume.chain.index_of(name)
+        except NotFound:
+            continue
+        if first <= index <= last:
+            raise OperationError(f"{printable(name, 1024)} is shown by an export; delete that first")
+
+
+def _recorder(context: Context, name: str, job_id: str) -> Callable[[int], None]:
+    """Records, from the operation's thread, how far a job has come."""
+
+    def record(offset: int) -> None:
+        with context.state.transaction() as changes:
+            changes.advance_job(name, job_id, offset)
+
+    return record
