@@ -139,9 +139,9 @@ def changes(cluster: int, size: int) -> Iterator[tuple[str, int, int]]:
 
 def attempt(target: Disk) -> Outcome:
     """Open, change and close the image; judge what became of it."""
-    before = _audit(target.path)
+    before = audit(target.path)
     was_sound = before is not None and not before.corruptions and not before.check_errors
-    content, snapshots = _look(target) if was_sound else (None, [])
+    content, snapshots = look(target) if was_sound else (None, [])
     head = _read(target.path, ((0, 4096), *target.frozen))
     others = [path for path in target.path.parent.rglob("*") if path.is_file()]
     for path in others:
@@ -177,9 +177,9 @@ def attempt(target: Disk) -> Outcome:
     if is_corrupt:
         failures.append("a sound image was marked corrupt")
     # What is lost, leaks: bitmaps that cannot be maintained (Q70).
-    failures += _judge_audit(before, _audit(target.path), is_whole=not spoiled and not events)
+    failures += _judge_audit(before, audit(target.path), is_whole=not spoiled and not events)
     if not failures:
-        again, snapshots_again = _look(target)
+        again, snapshots_again = look(target)
         if again is None or (difference := content.differs(again)):
             failures.append(f"opened again the disk differs in {difference if again else 'everything'}")
         if snapshots != snapshots_again:
@@ -284,7 +284,7 @@ def _judge_audit(before: CheckResult, after: CheckResult | None, *, is_whole: bo
     return []
 
 
-def _audit(path: Path) -> CheckResult | None:
+def audit(path: Path) -> CheckResult | None:
     """None if the image cannot be checked at all."""
     with contextlib.closing(FileStorage.open(str(path))) as storage:
         try:
@@ -293,7 +293,7 @@ def _audit(path: Path) -> CheckResult | None:
             return None
 
 
-def _look(target: Disk) -> tuple[_Content | None, list[int]]:
+def look(target: Disk) -> tuple[_Content | None, list[int]]:
     """What can be read of the disk, None if nothing; and checksums of its snapshots."""
     policy: Any = _policy(target)
     sums: list[int] = []
