@@ -31,6 +31,8 @@ class Figures:
     states: int = 0
     second_order: int = 0
     """States among them that a crash during or after a restart leaves."""
+    resumed: int = 0
+    """Jobs that went on after a crash."""
     checked: int = 0
     """Images that QEMU checked."""
     by_scenario: Counter[str] = field(default_factory=Counter)
@@ -42,7 +44,7 @@ class Figures:
         faults = ", ".join(f"{fault.value} {self.faults[fault]}" for fault in Fault)
         return (
             f"{self.states} states of {len(self.by_scenario)} scenarios ({self.second_order} of the second order), "
-            f"{self.checked} images checked by QEMU; {faults}"
+            f"{self.resumed} jobs resumed, {self.checked} images checked by QEMU; {faults}"
         )
 
 
@@ -97,6 +99,7 @@ class _Run:
         """Let everybody work, then look at about ``states`` states."""
         generator = self._generator
         self._recording = record(self._prepared, generator, recovering=self._recovering)
+        self._figures.resumed += self._recording.resumed
         if self._recording.finding is not None:
             self._report(self._recording.finding)
             return
@@ -144,6 +147,15 @@ class _Run:
             tops = recording.tops(name, cut)
             if tops and restarted.tops[name] not in tops:
                 return Finding(Fault.LOST, f"disk {name}: the top is {restarted.tops[name]}, not {tops[0]}")
+        scenario = self._prepared.scenario
+        if scenario.together:
+            changed = {disk.name for disk in scenario.disks if restarted.tops[disk.name] != disk.image}
+            if changed not in (set(), set(restarted.tops)):
+                return Finding(Fault.BROKEN, f"of a transaction only {', '.join(changed)} has happened")
+        if scenario.has_bitmaps and not self._recovering:
+            finding = self._bench.check_bitmaps(state.contents)
+            if finding is not None:
+                return finding
         return self._bench.check(state.contents, restarted, partial(self._report, cut=cut, state=state))
 
     def _recover(self, contents: Contents, restarted: Restarted, cut: int) -> None:

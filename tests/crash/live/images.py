@@ -12,8 +12,6 @@ from tests.crash.stamps import Values, read_stamps, stamped
 from tests.support.tools import run
 
 KIB = 1024
-#: Sectors of one piece of what lies in a layer.
-_PIECE = 16
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,8 @@ class Layer:
     zeroed: float = 0.0
     """The share that is made zero, after that."""
     compressed: bool = False
+    piece: int = 16
+    """Sectors that are written at once."""
     format: str = "qcow2"
     size: int = 256 * KIB
     snapshot: bool = False
@@ -49,7 +49,7 @@ def build(directory: Path, stem: str, layers: Sequence[Layer], *, number: int) -
 
 
 def _fill(directory: Path, name: str, layer: Layer, generator: random.Random, number: int) -> None:
-    unit = max(_PIECE, 128 if layer.compressed and "64k" in layer.options else _PIECE)
+    unit = layer.piece
     places = range(0, layer.size // SECTOR, unit)
     chosen = sorted(generator.sample(places, int(layer.filled * len(places))))
     _write(directory, name, layer, chosen, unit, number, compressed=layer.compressed)

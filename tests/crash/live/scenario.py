@@ -37,6 +37,10 @@ class Scenario:
     """How probably guests make a request after a piece of work."""
     spare: tuple[Layer, ...] = ()
     """A chain that belongs to no disk."""
+    together: bool = False
+    """All disks get other tops, or none."""
+    strays: frozenset[str] = frozenset()
+    """Files that a crash may leave behind, and of which the server knows nothing."""
     largest: int = 0
     """Bytes of the largest size that a disk ever has, if that is not the size of its top."""
 
@@ -47,6 +51,10 @@ class Scenario:
     def disks(self) -> tuple[Disk, ...]:
         """What the command line says."""
         return tuple(Disk(name, f"{name}{len(c) - 1}", c[-1].format) for name, c in self.chains.items())
+
+    @property
+    def has_bitmaps(self) -> bool:
+        return any(layer.bitmap for chain in self.chains.values() for layer in chain)
 
     def padded(self, values: Values) -> Values:
         """A disk with as many sectors as any disk ever has."""

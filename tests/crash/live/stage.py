@@ -5,7 +5,7 @@ import random
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from tests.crash.guest import Allowed, Guest, History, Verb
 from tests.crash.live.scenario import Prepared
 from tests.crash.live.server import Server
 from tests.crash.live.tree import TreeRecorder
-from tests.crash.recorder import NEVER, SECTOR
+from tests.crash.recorder import NEVER
 from tests.crash.stamps import Values, read_stamps
 from tests.crash.verdict import Fault, Finding, compare
 
@@ -63,7 +63,8 @@ class Recording:
     """When the operation was ordered."""
     finding: Finding | None
     """What went wrong without any crash; the rest is worth nothing then."""
-    story: list[str] = field(default_factory=list)
+    resumed: int = 0
+    """Jobs that went on from where another server had been."""
 
     def promises(self) -> list[int]:
         """The moments at which less is allowed."""
@@ -109,6 +110,7 @@ class Stage:
         self.server: Server
         self.replies: list[tuple[int, dict[str, str]]] = []
         self.begun = 0
+        self.resumed = 0
         self._recorder = recorder
         self._drained: list[Volume] = []
         self._is_working = False
@@ -163,16 +165,6 @@ class Stage:
         self._drained.remove(self.server.volumes[name])
         old.ended = self._recorder.tick()
 
-    @contextmanager
-    def shrinking(self, name: str, size: int) -> Iterator[None]:
-        """Inside, the disk becomes that small; what is behind reads as zeros if it should become large again."""
-        history = self.epochs[name][-1].history
-        first, end = size // SECTOR, self.server.volumes[name].chain.device.size // SECTOR
-        request = history.begin(Verb.ZERO, first, end - first)
-        yield
-        history.end(request)
-        history.end(history.begin(Verb.FLUSH))
-
     # The run.
 
     async def play(self, *, recovering: bool) -> Finding | None:
@@ -180,6 +172,7 @@ class Stage:
         scenario = self.scenario
         self.server = Server(self.directory, scenario.disks, state=scenario.state)
         try:
+            self.resumed = sum(len(self.server.state.disk(name).jobs) for name in self.server.volumes)
             await self.server.start()
             if recovering:
                 self.guests(_RECOVERED_REQUESTS)
@@ -265,4 +258,4 @@ def record(prepared: Prepared, generator: random.Random, *, recovering: bool = F
             finding = asyncio.run(stage.play(recovering=recovering))
         except Exception:
             finding = Finding(Fault.BROKEN, traceback.format_exc())
-    return Recording(recorder, stage.epochs, stage.replies, stage.begun, finding)
+    return Recording(recorder, stage.epochs, stage.replies, stage.begun, finding, stage.resumed)

@@ -10,9 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.open import open_disk
+from nbdq.chain.policy import Policy
 from nbdq.errors import ImageError, NbdqError
+from nbdq.locks import Locking
 from nbdq.qcow2.audit.check import check_image
-from nbdq.qcow2.features import Incompatible
+from nbdq.qcow2.bitmaps.bits import DirtyBits
+from nbdq.qcow2.bitmaps.directory import BitmapFlags, read_bitmaps
+from nbdq.qcow2.bitmaps.tables import load_bits
+from nbdq.qcow2.features import Autoclear, Incompatible
 from nbdq.qcow2.fields import MAGIC
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage
@@ -20,6 +29,7 @@ from tests.crash.live.images import read_by_qemu
 from tests.crash.live.scenario import Prepared
 from tests.crash.live.server import STATE, Server
 from tests.crash.live.tree import Contents
+from tests.crash.recorder import SECTOR
 from tests.crash.stamps import Values, read_stamps
 from tests.crash.verdict import Fault, Finding, fingerprint, metadata_fingerprint
 from tests.support.tools import execute
@@ -89,7 +99,13 @@ class Bench:
         """What was made and is no use, although the server knew of it (C9)."""
         if not self._scenario.state:
             return None  # then nobody knows
-        known = {*self._prepared.names, STATE, f"{STATE}.new", *(Path(path).name for path in server.used())}
+        known = {
+            *self._prepared.names,
+            *self._scenario.strays,
+            STATE,
+            f"{STATE}.new",
+            *(Path(path).name for path in server.used()),
+        }
         strays = sorted({path.name for path in self._directory.iterdir()} - known)
         return Finding(Fault.UNTIDY, f"left behind: {', '.join(strays)}") if strays else None
 
@@ -109,6 +125,33 @@ class Bench:
             if self._referee is not None:
                 self._referee.submit(name, bytes(content), report)
         return self._check_names(contents, restarted) if self._referee is not None else None
+
+    def check_bitmaps(self, contents: Contents) -> Finding | None:
+        """Whether the bitmaps of an image, if all are believed, miss together a sector that has changed in it (C7)."""
+        self.put(contents)
+        for disk in self._scenario.disks:
+            path = self._directory / disk.image
+            clusters = ClusterCache(budget=1 << 20)
+            try:
+                bits = _believed(path)
+                if bits is None:
+                    continue
+                layers = open_disk(str(path), format="qcow2", policy=Policy(locking=Locking.OFF), clusters=clusters)
+                with closing(layers):
+                    content = bytearray(layers.size)
+                    layers.read_into(0, memoryview(content))
+            except (ImageError, OSError) as error:
+                return Finding(Fault.CORRUPT, f"bitmaps of {disk.image}: {error}")
+            finally:
+                clusters.close()
+            changed = np.flatnonzero(self._scenario.padded(read_stamps(content)) != self._prepared.initial[disk.name])
+            known = np.zeros(len(changed), dtype=np.uint8)
+            for each in bits:
+                granules = changed * SECTOR >> each.granularity_bits
+                known |= each.packed[granules >> 3] >> (granules & 7).astype(np.uint8) & 1
+            if not known.all():
+                return Finding(Fault.LOST, f"bitmaps of {disk.image} miss sectors {changed[known == 0][:8]}")
+        return None
 
     def _check_names(self, contents: Contents, restarted: Restarted) -> Finding | None:
         """Whether QEMU finds the same chains, and reads the same from them."""
@@ -132,6 +175,19 @@ class Bench:
             if len(differing):
                 return Finding(Fault.CORRUPT, f"QEMU reads something else in sectors {differing[:8]} of {disk.name}")
         return None
+
+
+def _believed(path: Path) -> list[DirtyBits] | None:
+    """All bitmaps of an image; None if it has none, or some that nobody would believe."""
+    with closing(FileStorage.open(str(path))) as storage:
+        header = read_header(storage)
+        if Autoclear.BITMAPS not in header.autoclear:
+            return None
+        entries = read_bitmaps(storage, header)
+        if any(BitmapFlags.IN_USE in entry.flags for entry in entries):
+            return None
+        loaded = [load_bits(storage, header, entry.name) for entry in entries]
+        return [bits for bits in loaded if bits is not None]
 
 
 def _key(contents: Contents) -> bytes:
