@@ -144,7 +144,7 @@ class RotateBitmaps(_DrainedOnly):
                 bitmaps.disable(self._frozen)
         except OperationError:
             if begin is not None:
-                begin()
+                begin(bitmaps)
             raise
 
     async def undo(self) -> None:

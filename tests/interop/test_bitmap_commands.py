@@ -173,6 +173,77 @@ def test_bitmaps_of_another_disk_can_be_merged_if_it_is_as_large(disk: Path, tmp
         assert f"different sizes (destination size is {64 * M}, source size is {32 * M})" in said
 
 
+def test_a_snapshot_and_the_bitmap_of_its_overlay_begin_at_one_moment(disk: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    with administered(disk) as server:
+        server("block-dirty-bitmap-add", node="disk", name="before", persistent=True)
+        qemu_io(server, "write 1M 64k")
+        actions: list[dict[str, Any]] = [
+            {"type": "blockdev-snapshot-sync", "data": {"device": "disk", "snapshot-file": str(overlay)}},
+            {"type": "block-dirty-bitmap-add", "data": {"node": "disk", "name": "after", "persistent": True}},
+        ]
+        server("transaction", actions=actions)
+        qemu_io(server, "write 2M 64k")
+        layers = {layer["path"]: layer["dirty-bitmaps"] for layer in server("x-nbdq-bitmap-list", node="disk")}
+        assert [(each["name"], each["count"], each["recording"]) for each in layers[str(overlay)]] == [
+            ("after", K64, True)
+        ]
+        assert [(each["name"], each["count"], each["recording"]) for each in layers[str(disk)]] == [
+            ("before", K64, False)
+        ]
+        assert "not the top" not in server.refusal("block-dirty-bitmap-clear", node="disk", name="before")
+        server("block-dirty-bitmap-add", node="disk", name="both")
+        server("block-dirty-bitmap-merge", node="disk", target="both", bitmaps=["before", "after"])
+        assert ranges(server, "both") == [(M, K64), (2 * M, K64)]
+    for path, name, start in ((disk, "before", M), (overlay, "after", 2 * M)):
+        command = ["[", "qemu-nbd", "-r", "-f", "qcow2", "-B", name, str(path), "]"]
+        dirty = [status for status in block_status(command, f"qemu:dirty-bitmap:{name}") if status.value]
+        assert dirty == [Status(start, K64, 1)]
+        run("qemu-img", "check", "-q", path)
+
+
+def test_bitmaps_go_on_when_a_snapshot_is_taken_back(disk: Path, tmp_path: Path) -> None:
+    """Also those that no file has, although the image was closed to writing in between."""
+    overlay = tmp_path / "overlay.qcow2"
+    run("qemu-img", "bitmap", "--add", disk, "shown")
+    with administered("-x", "disk", "-B", "shown", disk) as server:
+        server("block-dirty-bitmap-add", node="disk", name="transient")
+        qemu_io(server, "write 1M 64k", export="disk")
+        actions: list[dict[str, Any]] = [
+            {"type": "block-dirty-bitmap-clear", "data": {"node": "disk", "name": "transient"}},
+            {"type": "block-dirty-bitmap-add", "data": {"node": "disk", "name": "new", "persistent": True}},
+            {"type": "blockdev-snapshot-sync", "data": {"device": "disk", "snapshot-file": str(overlay)}},
+            {"type": "block-dirty-bitmap-add", "data": {"node": "disk", "name": "over", "persistent": True}},
+            {"type": "block-dirty-bitmap-enable", "data": {"node": "disk", "name": "nothing"}},
+        ]
+        assert "Dirty bitmap 'nothing' not found" in server.refusal("transaction", actions=actions)
+        qemu_io(server, "write 2M 64k", export="disk")
+        assert list(bitmaps(server)) == ["shown", "transient"]
+        for name in ("shown", "transient"):
+            assert ranges(server, name) == [(M, K64), (2 * M, K64)]
+        shown = block_status([server.uri("disk")], "qemu:dirty-bitmap:shown")
+        assert [status for status in shown if status.value] == [Status(M, K64, 1), Status(2 * M, K64, 1)]
+    assert not overlay.exists()
+    run("qemu-img", "check", "-q", disk)
+
+
+def test_bitmaps_of_a_disk_that_grows_and_shrinks_fit_it(disk: Path) -> None:
+    run("qemu-img", "bitmap", "--add", disk, "kept")
+    with administered(disk) as server:
+        server("block-dirty-bitmap-add", node="disk", name="transient")
+        qemu_io(server, "write 63M 1M")
+        server("block_resize", device="disk", size=1024 * M)
+        qemu_io(server, "write 1023M 1M")
+        expected = [(63 * M, M), (1023 * M, M)]
+        assert ranges(server, "kept") == ranges(server, "transient") == expected
+        server("block_resize", device="disk", size=63 * M + 512, x_nbdq_shrink=True)
+        assert ranges(server, "kept") == ranges(server, "transient") == [(63 * M, 512)]
+    command = ["[", "qemu-nbd", "-r", "-f", "qcow2", "-B", "kept", str(disk), "]"]
+    dirty = [status for status in block_status(command, "qemu:dirty-bitmap:kept") if status.value]
+    assert dirty == [Status(63 * M, 512, 1)]
+    run("qemu-img", "check", "-q", disk)
+
+
 def test_a_disk_that_cannot_have_bitmaps_says_so(disk: Path, tmp_path: Path) -> None:
     raw = tmp_path / "raw.img"
     raw.write_bytes(bytes(M))

@@ -71,17 +71,17 @@ class BitmapAction:
         self.what = what
         self._node = node
         self._change = change
-        self._undo: Undo = lambda: None
+        self._undo: Undo = lambda bitmaps: None
 
     async def prepare(self) -> None:
         """Nothing takes long."""
 
     async def apply(self) -> None:
         """Change the bitmaps of what is the top by now."""
-        self._undo = await in_thread(self._apply)
+        self._undo = await in_thread(lambda: self._change(self._bitmaps()))
 
-    def _apply(self) -> Undo:
-        return self._change(bitmaps_of(_top(self.volume, self._node)))
+    def _bitmaps(self) -> DirtyBitmaps:
+        return bitmaps_of(_top(self.volume, self._node))
 
     def record(self, changes: Changes) -> None:
         """The image records its bitmaps itself."""
@@ -91,12 +91,16 @@ class BitmapAction:
 
     async def undo(self) -> None:
         """Take the change back."""
-        self._undo()
+        await in_thread(lambda: self._undo(self._bitmaps()))
 
     async def finish(self) -> None:
         """Let the file follow where it must: a bitmap that was removed does not come back after a crash."""
         async with self.volume.steady():  # nobody is about to take a removal back
-            await in_thread(self._finish)
+            try:
+                await in_thread(self._finish)
+            except OSError as error:
+                what = f"the bitmap is removed, but after a crash it may be there again, inconsistent: {error.strerror}"
+                raise OSError(error.errno, what) from error
 
     def _finish(self) -> None:
         device = self.volume.chain.device

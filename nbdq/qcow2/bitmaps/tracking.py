@@ -40,8 +40,9 @@ from nbdq.qcow2.bitmaps.tables import read_bits, read_table
 from nbdq.qcow2.format import Header
 from nbdq.storage import FileStorage
 
-#: Takes a change back, in the state that the change left: changes are undone in reverse order, the disk drained.
-Undo = Callable[[], None]
+#: Takes a change back; changes are undone in reverse order, with the disk drained since. It is given the bitmaps of the
+#: image, which are other ones than those that were changed if the image was opened anew (:meth:`DirtyBitmaps.adopt`).
+Undo = Callable[["DirtyBitmaps"], object]
 
 
 class BitmapState(NamedTuple):
@@ -243,7 +244,7 @@ class DirtyBitmaps:
             new = DirtyBitmap(name, granularity_bits, bits, is_enabled=not disabled, is_persistent=persistent)
             self._bitmaps.append(new)
             self._choose_marked()
-        return lambda: self._take_out(new)
+        return lambda now: now.remove(name)
 
     def remove(self, name: str) -> Undo:
         """Do without a bitmap; also without one that is inconsistent. The file follows in :meth:`forget_removed`.
@@ -254,14 +255,9 @@ class DirtyBitmaps:
         with self._lock:
             found = self._named(name)
             position = self._bitmaps.index(found)
-            self._take_out(found)
-
-        def undo() -> None:
-            with self._lock:
-                self._bitmaps.insert(position, found)
-                self._choose_marked()
-
-        return undo
+            del self._bitmaps[position]
+            self._choose_marked()
+        return lambda now: now._put_back(found, position)
 
     def clear(self, name: str) -> Undo:
         """Forget all that was marked.
@@ -271,7 +267,7 @@ class DirtyBitmaps:
         """
         bits = self.usable(name)
         old = bits.clear()
-        return lambda: bits.restore(old | bits.packed)
+        return lambda now: now.usable(name).restore(old | now.usable(name).packed)
 
     def enable(self, name: str) -> Undo:
         """Mark writes from now on.
@@ -303,7 +299,7 @@ class DirtyBitmaps:
                     "and can't be merged"
                 )
         old = bits.merge(sources)
-        return lambda: bits.restore(old)
+        return lambda now: now.usable(target).restore(old)
 
     def usable(self, name: str) -> DirtyBits:
         """The bits of a bitmap that must be there.
@@ -391,9 +387,14 @@ class DirtyBitmaps:
                 return each
         raise NotFound(f"Dirty bitmap '{printable(name)}' not found")
 
-    def _take_out(self, bitmap: DirtyBitmap) -> None:
+    def _put_back(self, bitmap: DirtyBitmap, position: int) -> None:
+        """Undo a removal. An inconsistent bitmap that has left the file meanwhile stays away: it is worth nothing."""
         with self._lock:
-            self._bitmaps.remove(bitmap)
+            if all(bitmap.stored is not each for each in self._in_file):
+                if bitmap.bits is None:
+                    return
+                bitmap.stored, bitmap.bits.changed = None, True
+            self._bitmaps.insert(position, bitmap)
             self._choose_marked()
 
     def _set_enabled(self, name: str, is_enabled: bool) -> Undo:
@@ -402,10 +403,4 @@ class DirtyBitmaps:
             bitmap = self._named(name)
             was_enabled, bitmap.is_enabled = bitmap.is_enabled, is_enabled
             self._choose_marked()
-
-        def undo() -> None:
-            with self._lock:
-                bitmap.is_enabled = was_enabled
-                self._choose_marked()
-
-        return undo
+        return lambda now: now._set_enabled(name, was_enabled)

@@ -270,12 +270,35 @@ def test_a_change_that_is_undone_leaves_no_trace(change: Callable[[DirtyBitmaps]
     )
     image, bitmaps = opened(content, header)
     before = list(bitmaps)
-    change(bitmaps)()
+    change(bitmaps)(bitmaps)
     assert list(bitmaps) == before
     bitmaps.mark(5 << 16, 512)
     bitmaps.store(image)
     assert believed(content_of(image.storage)) == {"on": {1, 5}, "bad": None, "off": {2}}
     assert [each.name for each in read_bitmaps(image.storage, image.header)] == ["on", "bad", "off"]
+
+
+def test_a_change_can_be_undone_after_the_image_was_opened_anew() -> None:
+    content, header = lay_out([bitmap("a", data=b"\x02"), bitmap("b", data=b"\x04"), bitmap("c", data=b"\x08")])
+    image, before = opened(content, header)
+    undo = [
+        before.add("new", persistent=True),
+        before.add("transient"),
+        before.remove("a"),
+        before.disable("b"),
+        before.clear("b"),
+        before.merge("c", [before.usable("b")]),
+    ]
+    before.store(image)
+    taken = take_over_bitmaps(image.storage, image.header)
+    assert taken.bitmaps is not None
+    after = taken.bitmaps
+    after.adopt(before)
+    for each in reversed(undo):
+        each(after)
+    after.mark(5 << 16, 512)
+    after.store(image)
+    assert believed(content_of(image.storage)) == {"a": {1, 5}, "b": {2, 5}, "c": {3, 5}}
 
 
 # Sizes, jobs, and images that are opened anew.
