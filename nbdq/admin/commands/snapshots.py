@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from nbdq.admin.arguments import parse
 from nbdq.admin.commands.bitmaps import BITMAP_ACTIONS
+from nbdq.admin.commands.internal_snapshots import NewSnapshot, internal_snapshot_action
 from nbdq.admin.context import Context
 from nbdq.admin.registry import Reply, command
 from nbdq.admin.state import Changes, State
@@ -172,6 +173,7 @@ def _abort(context: Context, arguments: Abort) -> Action:
 #: What can be part of a transaction: the class of its arguments, and what makes an action of them.
 ACTIONS: dict[str, tuple[type[Any], Callable[[Context, Any], Action]]] = {
     "blockdev-snapshot-sync": (Snapshot, snapshot_action),
+    "blockdev-snapshot-internal-sync": (NewSnapshot, internal_snapshot_action),
     "abort": (Abort, _abort),
     **BITMAP_ACTIONS,
 }
