@@ -70,6 +70,8 @@ def _frozen(seed: Seed, mutation: Mutation) -> tuple[tuple[int, int], ...]:
     """Where snapshots have metadata, unless the damage may have made it look free."""
     if {Area.HEADER, Area.SNAPSHOTS, Area.LENGTH}.intersection(mutation.areas) or not seed.variant.snapshots:
         return ()
+    if {Area.L1, Area.REFCOUNTS}.issubset(mutation.areas):  # no table names it, and no refcount speaks for it
+        return ()
     anatomy = seed.anatomies[seed.top]
     places = [(anatomy.header["snapshots_offset"], 64)]
     places += [(entry["l1_offset"], entry["l1_size"] * 8) for _, entry in anatomy.snapshot_entries()]
