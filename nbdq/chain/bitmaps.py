@@ -1,11 +1,12 @@
 """The dirty bitmaps of a disk: those of the top, which are live, and those of layers below, as in their files."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from nbdq.block import BlockDevice
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.overlay import OverlayDisk
-from nbdq.errors import ExportError, NotFound, OperationError, printable
+from nbdq.errors import ExportError, ImageError, NotFound, OperationError, printable
 from nbdq.qcow2.bitmaps.bits import AllDirty, DirtyBits
 from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
 from nbdq.qcow2.bitmaps.tables import load_bits
@@ -89,10 +90,10 @@ def find_source(disk: BlockDevice, name: str) -> DirtyBits:
 
 
 def list_bitmaps(layer: Qcow2Image | WritableImage) -> Iterator[BitmapState]:
-    """The bitmaps of one layer. Those that nobody writes to are read for it.
+    """The bitmaps of one layer. Those that nobody writes to are read for it; a damaged one counts as inconsistent.
 
     Raises:
-        ImageError: a bitmap cannot be believed.
+        ImageError: there is no telling which bitmaps there are.
         OSError: the layer cannot be read.
     """
     if isinstance(layer, WritableImage):
@@ -100,14 +101,16 @@ def list_bitmaps(layer: Qcow2Image | WritableImage) -> Iterator[BitmapState]:
             yield from layer.bitmaps
         return
     for entry in iterate_bitmaps(layer.storage, layer.header):
-        bits = None if entry.is_inconsistent else load_bits(layer.storage, layer.header, entry.name)
+        bits = None
+        with suppress(ExportError, ImageError):
+            bits = load_bits(layer.storage, layer.header, entry.name)
         yield BitmapState(
             entry.name,
             entry.granularity,
             bits.dirty_length if bits is not None else 0,
             is_recording=False,  # nobody writes here
             is_persistent=True,
-            is_inconsistent=entry.is_inconsistent,
+            is_inconsistent=bits is None,
         )
 
 

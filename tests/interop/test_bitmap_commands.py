@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from nbdq.admin.client import AdminError
+from nbdq.qcow2.bitmaps.directory import read_bitmaps
+from nbdq.qcow2.format import read_header
+from nbdq.storage import FileStorage
 from tests.support.administration import Administered, administered, qemu_io, verified_load
 from tests.support.oracles import Status, block_status
 from tests.support.storage_daemon import StorageDaemon
@@ -304,3 +307,21 @@ def test_incremental_backups_of_a_busy_disk_miss_nothing(disk: Path, tmp_path: P
         assert all(copied)
         copy_what_changed(6)
         assert "identical" in run("qemu-img", "compare", "-f", "raw", "-F", "raw", server.uri(), backup)
+
+
+def test_a_damaged_bitmap_below_does_not_hide_the_others(disk: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    for name in ("bad", "good"):
+        run("qemu-img", "bitmap", "--add", disk, name)
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", disk)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", "qcow2", top)
+    storage = FileStorage.open(str(disk))
+    bad, _ = read_bitmaps(storage, read_header(storage))
+    storage.close()
+    with disk.open("r+b") as file:
+        file.seek(bad.table_offset)
+        file.write(b"\xff" * 8)
+    with administered(top) as server:
+        (layer,) = server("x-nbdq-bitmap-list", node="top")
+        found = {each["name"]: (each.get("inconsistent", False), each["count"]) for each in layer["dirty-bitmaps"]}
+        assert found == {"bad": (True, 0), "good": (False, K64)}
