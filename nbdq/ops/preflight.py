@@ -10,12 +10,20 @@ import stat
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from nbdq.block import Kind
+from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import backing_path
 from nbdq.errors import OperationError, printable
+from nbdq.ops.stretches import Content, Stretches
 from nbdq.qcow2.fields import MAGIC, MAX_BACKING_NAME
+from nbdq.qcow2.image import Qcow2Image
 from nbdq.storage import FileStorage
 
 #: Files that are looked at in all directories together: some seconds of work.
@@ -23,8 +31,88 @@ _FILES_MAX = 20_000
 #: Magic, version, place and length of the backing name: the same in every version of the format.
 _NAME_FIELDS = struct.Struct(">4sIQI")
 
+#: Unit in which file systems give space to raw files.
+_PAGE = 4096
+
 #: What identifies a file or device; see ``FileStorage.identity``.
 Identity = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CommitPlan:
+    """What a commit would do."""
+
+    bytes_to_copy: int
+    """Zeros included, which cost no time."""
+    base_grows_by: int
+    """Bytes by which the disk in the base becomes larger."""
+    space_needed: int
+    """Bytes by which the file of the base grows, at most about; what it does not hold of what will be copied to it."""
+    space_free: int
+    """Bytes that the file system of the base has left for it."""
+    dropped: list[str]
+    """Paths of the layers that are not part of the disk afterwards."""
+    invalid: list[str]
+    """Those among them that read otherwise afterwards, even before anybody writes to the disk again."""
+    overlays: list[str]
+    """Other overlays of layers that change, which would be damaged."""
+
+
+def plan_commit(chain: LiveChain, *, top: int, base: int, directories: Collection[str] = ()) -> CommitPlan:
+    """Foresee the commit of layers ``top`` to ``base - 1`` into ``base``, for which the guest may go on meanwhile.
+
+    Raises:
+        OperationError: there is too much to look at; see :func:`find_overlays`.
+        OSError: a layer or directory cannot be read.
+    """
+    layers = chain.layers
+    device = chain.device
+    source = device if not top and isinstance(device, OverlayDisk) else chain.slice(top, base)
+    target = chain.slice(base, base)
+    stretches = Stretches(source, range(base - top))
+    paths = [layer.path for layer in layers]
+    return CommitPlan(
+        bytes_to_copy=stretches.measure(),
+        base_grows_by=max(0, source.size - target.size),
+        space_needed=_space_needed(stretches, source.size, target),
+        space_free=free_space(paths[base]),
+        dropped=paths[top:base],
+        invalid=paths[top + 1 : base],
+        overlays=_other_overlays(chain, top=top, base=base, directories=directories),
+    )
+
+
+def free_space(path: str) -> int:
+    """Bytes that the file system of the file or directory at ``path``, or of its directory, has left for us.
+
+    Raises:
+        OSError: there is none.
+    """
+    status = os.statvfs(path if os.path.exists(path) else os.path.dirname(path) or ".")
+    return status.f_bavail * status.f_frsize
+
+
+def _space_needed(stretches: Stretches, size: int, target: ChainDisk) -> int:
+    """Bytes of the clusters that hold no data in ``target`` yet and will, and of the tables for them."""
+    (layer,) = target.layers
+    cluster_size, coverage, table_size = _PAGE, size, 0
+    if isinstance(layer, Qcow2Image):
+        cluster_size, coverage, table_size = layer.cluster_size, layer.geometry.l2_coverage, layer.cluster_size
+    needed = 0
+    tables: set[int] = set()
+    done = 0
+    for stretch in stretches.within(0, size):
+        if stretch.content == Content.ZEROS:
+            continue
+        start = max(done, stretch.start - stretch.start % cluster_size)
+        done = -(-stretch.end // cluster_size) * cluster_size
+        there = min(done, target.size)
+        needed += max(0, done - max(start, target.size))
+        for runs, end in target.runs(start, there - start) if start < there else ():
+            lengths = np.append(runs.start[1:], np.uint64(end)) - runs.start
+            needed += int(lengths[runs.kind != Kind.DATA].sum())
+        tables.update(range(start // coverage, -(-done // coverage)))
+    return needed + len(tables) * table_size
 
 
 def find_overlays(base_path: str, directories: Collection[str], *, known: Collection[str] = ()) -> list[str]:
@@ -67,12 +155,16 @@ def check_no_overlays(chain: LiveChain, *, top: int, base: int, directories: Col
         OperationError: there are some, or there is too much to look at.
         OSError: a directory cannot be read.
     """
-    known = [layer.path for layer in chain.layers]
-    for layer in chain.layers[top + 1 : base + 1]:
-        if overlays := find_overlays(layer.path, directories, known=known):
-            names = ", ".join(printable(path, 1024) for path in overlays[:4]) + (", …" if len(overlays) > 4 else "")
-            what = f"{printable(layer.path, 1024)} has other overlays, which would be damaged: {names}"
-            raise OperationError(f"{what}; commit or remove them first, or force it")
+    if overlays := _other_overlays(chain, top=top, base=base, directories=directories):
+        names = ", ".join(printable(path, 1024) for path in overlays[:4]) + (", …" if len(overlays) > 4 else "")
+        what = f"{printable(chain.layers[base].path, 1024)}, or a layer over it, has other overlays: {names}"
+        raise OperationError(f"{what}; they would be damaged: commit or remove them first, or force it")
+
+
+def _other_overlays(chain: LiveChain, *, top: int, base: int, directories: Collection[str]) -> list[str]:
+    paths = [layer.path for layer in chain.layers]
+    changing = paths[top + 1 : base + 1]
+    return sorted({found for path in changing for found in find_overlays(path, directories, known=paths)})
 
 
 def _files_in(directory: str) -> Iterator[str]:
