@@ -131,6 +131,15 @@ def _block_entries_with_the_blocks(original: Any) -> Any:
     return take
 
 
+def _count_later(original: Any) -> Any:
+    def raise_counts(refcounts: Refcounts, clusters: Any) -> None:
+        dirty = set(refcounts._dirty)
+        original(refcounts, clusters)
+        refcounts._dirty &= dirty  # written when something else in the block has changed, too
+
+    return raise_counts
+
+
 def _forget_that_data_was_published(original: Any) -> Any:
     def flush(image: WritableImage) -> None:
         image.published = False
@@ -161,6 +170,16 @@ MUTANTS: dict[str, Mutant] = {
         "copied data is durable before the entry that shows it (R-52, W3)",
         _patched(WritableImage, "_flush", _forget_that_data_was_published),
         "extended L2 over a base",
+    ),
+    "populated data not synced": Mutant(
+        "data that was copied from below is durable before the entry that shows it (R-52, W3)",
+        _patched(WritableImage, "_flush", _forget_that_data_was_published),
+        "populating",
+    ),
+    "shared clusters counted later": Mutant(
+        "a compressed cluster in a host cluster with others is counted before an entry names it (R-51, W1)",
+        _patched(Refcounts, "raise_counts", _count_later),
+        "storing compressed clusters",
     ),
     "reuse at once": Mutant(
         "a freed cluster is not used again before its entry is durably gone (R-50, W2)",
