@@ -146,9 +146,13 @@ class Export:
         """Serve again."""
         self._pause.end()
 
-    def cut(self) -> None:
-        """Have all clients leave, as soon as what they have sent is answered; who takes too long is cut."""
+    def cut(self, *, at_once: bool = False) -> None:
+        """Have all clients leave, ``at_once`` or as soon as what they have sent is answered; who takes too long is cut
+        then, too."""
         self.resume()
+        if at_once:
+            self._cut_all()
+            return
         for client in list(self.clients):
             client.shut_down()
         asyncio.get_running_loop().call_later(CUT_SECONDS, self._cut_all)

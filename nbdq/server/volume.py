@@ -4,6 +4,7 @@ The place where the live structure of a disk meets its clients: whoever changes 
 :meth:`Volume.drained`, and then has the exports :meth:`Volume.adopt` what came out.
 """
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -15,13 +16,15 @@ from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.views import View, open_view
-from nbdq.errors import ExportError, ImageError, NotFound, OperationError, printable
+from nbdq.errors import ExportError, NbdqError, OperationError, printable
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
 from nbdq.server.export import Export, Exports
 from nbdq.server.gate import Gate
 from nbdq.server.threads import in_thread
 from nbdq.server.writing import DetectZeroes
+
+_log = logging.getLogger(__name__)
 
 _ACTIVE = View()
 
@@ -88,14 +91,16 @@ class Volume:
     def adopt(self) -> None:
         """Let all exports show what the chain is now: another device, another size. The disk is drained.
 
-        An export of a layer that is no longer part of the chain, or of a snapshot that is gone, is deleted, and its
-        clients are cut.
+        An export is deleted, and its clients are cut, if what it shows is gone: a layer that is no longer part of the
+        chain, or that is the top and changes.
         """
         for shown in list(self._shown.values()):
             try:
                 device = self._open(shown.view)
-            except (NotFound, ImageError):
-                self.delete(shown.export, hard=True)
+            except (NbdqError, OSError) as error:
+                _log.warning("export %r has nothing to show any more: %s", shown.export.id, error)
+                self.delete(shown.export)
+                shown.export.cut(at_once=True)
                 continue
             shown.export.adopt(device)
             for name in shown.bitmaps:
@@ -202,7 +207,10 @@ class Volume:
         return shown.export
 
     def _make(self, wish: Wish) -> _Shown:
-        device = self._open(wish.view)
+        view = wish.view
+        if view.snapshot is not None and view.layer is None:
+            view = View(self.chain.path, view.snapshot)  # where it is; there may be another top soon
+        device = self._open(view)
         bitmaps: dict[str, DirtyBitmap] = {**find_bitmaps(device, wish.bitmaps, on_event=self.chain.on_event)}
         export = Export.make(
             wish.name,
@@ -218,7 +226,7 @@ class Volume:
             detect_zeroes=wish.detect_zeroes,
         )
         export.on_gone = lambda: self._forget(export)
-        return _Shown(export, wish.view, bitmaps)
+        return _Shown(export, view, bitmaps)
 
     def _open(self, view: View) -> BlockDevice:
         return self.chain.device if view == _ACTIVE else open_view(self.chain, view)
@@ -237,8 +245,9 @@ class Volume:
     # What others must leave alone while it is shown.
 
     def shown_layers(self) -> set[str]:
-        """Layers that exports show as they are, by the names that they were given: not to be written to."""
-        return {shown.view.layer for shown in self._shown.values() if shown.view.layer and not shown.view.snapshot}
+        """Layers that exports show, or snapshots of which, by the names that they were given: not to be written to, nor
+        to be taken out of the chain."""
+        return {shown.view.layer for shown in self._shown.values() if shown.view.layer is not None}
 
     def shown_snapshots(self) -> set[str]:
         """Internal snapshots that exports show, by id or name: not to be deleted."""

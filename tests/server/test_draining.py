@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from nbdq.block import FilePiece
 from nbdq.server import session
 from nbdq.server.export import Export
 from nbdq.server.limits import Limits
@@ -199,8 +198,8 @@ def test_a_client_is_cut_for_whose_unread_replies_there_is_no_memory(
     export = Export.read_only("", disk)
     with LoopServer(export, loop=loop, limits=Limits(process_bytes=1 << 20)) as server:
         clients = [server.connect().go() for _ in range(2)]
-        for client in clients:
-            client.send(READ, 0, len(CONTENT))
+        for client in clients * 4:
+            client.send(READ, 0, len(CONTENT))  # more than a socket takes
         quick = server.connect().go()
         assert quick.read(0, 512) == CONTENT[:512]
         drain = Drain(server, export, device=MemoryDisk(OTHER))
@@ -209,7 +208,6 @@ def test_a_client_is_cut_for_whose_unread_replies_there_is_no_memory(
         drain.end()
         assert quick.read(0, 512) == OTHER[:512]
         server.wait_for_connections(2)  # one copy is always possible
-    assert isinstance(FilePiece(disk.storage, 0, 1), FilePiece)
 
 
 def test_a_section_that_fails_resumes_what_was_there(loop: str, old: WritableDisk) -> None:
