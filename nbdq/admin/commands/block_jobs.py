@@ -12,15 +12,13 @@ from nbdq.admin.context import Context
 from nbdq.admin.job import JobRequest, OnError
 from nbdq.admin.registry import Reply, command
 from nbdq.chain.live import LiveChain
-from nbdq.chain.raw_disk import RawDisk
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.active_commit import ActiveCommit
 from nbdq.ops.commit import Commit, check_range
 from nbdq.ops.operation import Operation
-from nbdq.ops.preflight import find_overlays
+from nbdq.ops.preflight import plan_commit
 from nbdq.ops.rebase import Rebase, change_backing_file
 from nbdq.ops.stream import Stream
-from nbdq.ops.stretches import Stretches
 from nbdq.server.volume import Volume
 
 
@@ -129,16 +127,15 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
 def _foresee_commit(chain: LiveChain, top: int, base: int, directories: list[str]) -> dict[str, Any]:
     """What a commit would do, found out without changing anything."""
     check_range(chain, top=top, base=base)
-    layers = chain.layers
-    known = [layer.path for layer in layers]
-    changing = [layer.path for layer in layers[top + 1 : base + 1]]
-    source = chain.slice(top, base) if top else chain.device
-    assert not isinstance(source, RawDisk), "a raw disk lies over nothing"
+    plan = plan_commit(chain, top=top, base=base, directories=directories)
     return {
-        "bytes": Stretches(source, range(base - top)).measure(),
-        "grows-by": max(0, source.size - chain.slice(base, base).size),
-        "drops": [layer.path for layer in layers[top:base]],
-        "overlays": sorted({found for path in changing for found in find_overlays(path, directories, known=known)}),
+        "bytes": plan.bytes_to_copy,
+        "grows-by": plan.base_grows_by,
+        "space-needed": plan.space_needed,
+        "space-free": plan.space_free,
+        "drops": plan.dropped,
+        "invalid": plan.invalid,
+        "overlays": plan.overlays,
     }
 
 
