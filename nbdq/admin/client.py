@@ -34,6 +34,7 @@ class Client:
             AdminError: nobody listens there, or it is no QMP server.
         """
         self._path = path
+        self._timeout = timeout
         self._buffer = bytearray()
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_MAX)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -85,6 +86,29 @@ class Client:
         self._events.clear()
         return taken
 
+    @property
+    def has_events(self) -> bool:
+        """Whether :meth:`next_event` has one at once."""
+        return bool(self._events) or b"\n" in self._buffer
+
+    def next_event(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """The oldest event that was not given yet; None if there is none for so long.
+
+        Raises:
+            AdminError: the connection broke.
+        """
+        if self._events:
+            return self._events.popleft()
+        self._socket.settimeout(seconds)
+        try:
+            while "event" not in (message := self._receive()):
+                pass
+        except TimeoutError:
+            return None
+        finally:
+            self._socket.settimeout(self._timeout)
+        return message
+
     def events(self) -> Iterator[dict[str, Any]]:
         """Events, oldest first, for as long as the server is there.
 
@@ -92,14 +116,13 @@ class Client:
             TimeoutError: none came for the time that was set.
         """
         while True:
-            while self._events:
-                yield self._events.popleft()
             try:
-                message = self._receive()
+                event = self.next_event(self._timeout)
             except AdminError:
                 return
-            if "event" in message:
-                yield message
+            if event is None:
+                raise TimeoutError
+            yield event
 
     def _receive(self) -> dict[str, Any]:
         while (end := self._buffer.find(b"\n")) < 0:

@@ -26,6 +26,7 @@ _COMMANDS = {
     "check": ("check", "check_command"),
     "commit": ("commit", "commit_command"),
     "create": ("create", "create_command"),
+    "ctl": ("ctl", "ctl_command"),
     "info": ("info", "info_command"),
     "map": ("map", "map_command"),
     "serve": ("serve", "serve_command"),

@@ -1,0 +1,361 @@
+"""The verbs of ``nbdq ctl``: what administrators do every day, with few words."""
+
+import json
+import os
+from typing import Any
+
+import click
+
+from nbdq.cli.ctl_output import event_text, follow, job_text, show_table, size_text
+from nbdq.cli.ctl_session import CHECKPOINT, DISK, EXPORT, JOB, Session, absolute, pass_session
+from nbdq.cli.options import Size
+
+_speed = click.option("--speed", type=Size(), default=None, metavar="BYTES", help="Copy no more than this per second.")
+_background = click.option("--background", is_flag=True, help="Do not wait until it is done.")
+_directories = click.option(
+    "--search",
+    "directories",
+    type=click.Path(file_okay=False),
+    multiple=True,
+    help="A directory that other overlays may lie in, besides the layers' own.",
+)
+
+
+def _start(session: Session, command: str, disk: str, *, background: bool, complete: bool = True, **about: Any) -> None:
+    """Start a job that is called as its disk, and watch it unless it is to go on in the background."""
+    given = {name: value for name, value in about.items() if value not in ([], False)}
+    session.call(command, device=disk, **given)
+    if background:
+        return
+    try:
+        follow(session.client, disk, complete=complete, as_json=session.as_json)
+    except KeyboardInterrupt:
+        click.echo(f"\nthe job goes on; nbdq ctl job cancel {disk} ends it", err=True)
+        raise
+
+
+@click.command("status")
+@pass_session
+def status(session: Session) -> None:
+    """Show disks, their exports, and what is going on."""
+    blocks, exports = session.call("query-block"), session.call("query-block-exports")
+    jobs = session.call("query-block-jobs")
+    if session.as_json:
+        return session.show({"disks": blocks, "exports": exports, "jobs": jobs})
+    rows = []
+    for block in blocks:
+        image = block.get("inserted", {}).get("image", {})
+        shown = [export["id"] or '""' for export in exports if export["node-name"] == block["device"]]
+        rows.append(
+            {
+                "disk": block["device"],
+                "size": size_text(image.get("virtual-size", 0)),
+                "used": size_text(image.get("actual-size", 0)),
+                "top": image.get("filename", ""),
+                "exports": " ".join(shown),
+            }
+        )
+    show_table(rows, ["disk", "size", "used", "top", "exports"])
+    for job in jobs:
+        click.echo(job_text(job))
+    return None
+
+
+@click.command("snapshot")
+@click.argument("disk", type=DISK)
+@click.argument("file", type=click.Path())
+@click.option("--cluster-size", type=Size(), default=None, help="Of the overlay, instead of what the policy says.")
+@click.option("--existing", is_flag=True, help="FILE is there already, an empty overlay.")
+@click.option("--minimum-free", type=Size(), default=None, help="Refuse if less than this is free where FILE goes.")
+@pass_session
+def snapshot(
+    session: Session, disk: str, file: str, cluster_size: int | None, existing: bool, minimum_free: int | None
+) -> None:
+    """Freeze the images of DISK: a new overlay FILE takes all writes from now on."""
+    session.call(
+        "blockdev-snapshot-sync",
+        device=disk,
+        snapshot_file=os.path.abspath(file),
+        mode="existing" if existing else None,
+        x_nbdq_cluster_size=cluster_size,
+        x_nbdq_minimum_free=minimum_free,
+    )
+
+
+@click.command("commit")
+@click.argument("disk", type=DISK)
+@click.option("--top", type=click.Path(), default=None, help="The first layer to commit.  [default: the active one]")
+@click.option("--base", type=click.Path(), default=None, help="The layer that takes it.  [default: the deepest one]")
+@click.option("--backing-file", default=None, help="What the layer above records, instead of a name that fits.")
+@click.option("--force", is_flag=True, help="Commit even where other overlays, templates or exports are in the way.")
+@click.option("--dry-run", is_flag=True, help="Only say what would happen.")
+@click.option("--keep-ready", is_flag=True, help="Let a commit of the active layer wait for 'job complete'.")
+@_directories
+@_speed
+@_background
+@pass_session
+def commit(
+    session: Session,
+    disk: str,
+    top: str | None,
+    base: str | None,
+    backing_file: str | None,
+    force: bool,
+    dry_run: bool,
+    keep_ready: bool,
+    directories: tuple[str, ...],
+    speed: int | None,
+    background: bool,
+) -> None:
+    """Commit layers of DISK into one below them; they drop out of its chain."""
+    about: dict[str, Any] = {
+        "top": absolute(top),
+        "base": absolute(base),
+        "backing_file": backing_file,
+        "x_nbdq_force": force,
+        "x_nbdq_directories": [absolute(path) for path in directories],
+    }
+    if dry_run:
+        return session.show(session.call("block-commit", device=disk, x_nbdq_dry_run=True, **about))
+    return _start(session, "block-commit", disk, background=background, complete=not keep_ready, speed=speed, **about)
+
+
+@click.command("stream")
+@click.argument("disk", type=DISK)
+@click.option("--base", type=click.Path(), default=None, help="Take over only what lies above this layer.")
+@click.option("--layer", type=click.Path(), default=None, help="The layer that takes over.  [default: the active one]")
+@click.option("--backing-file", default=None, help="What it records as its backing file, instead of a name that fits.")
+@_speed
+@_background
+@pass_session
+def stream(
+    session: Session,
+    disk: str,
+    base: str | None,
+    layer: str | None,
+    backing_file: str | None,
+    speed: int | None,
+    background: bool,
+) -> None:
+    """Let a layer of DISK take over what the layers below it hold."""
+    _start(
+        session,
+        "block-stream",
+        disk,
+        background=background,
+        base=absolute(base),
+        x_nbdq_layer=absolute(layer),
+        backing_file=backing_file,
+        speed=speed,
+    )
+
+
+@click.command("rebase")
+@click.argument("disk", type=DISK)
+@click.argument("backing")
+@click.option("-F", "--backing-format", type=click.Choice(["qcow2", "raw"]), default=None, help="Format of BACKING.")
+@click.option("--layer", type=click.Path(), default=None, help="The layer to rebase.  [default: the active one]")
+@click.option("-u", "--unsafe", is_flag=True, help="Change only what the header says, unseen.")
+@_speed
+@_background
+@pass_session
+def rebase(
+    session: Session,
+    disk: str,
+    backing: str,
+    backing_format: str | None,
+    layer: str | None,
+    unsafe: bool,
+    speed: int | None,
+    background: bool,
+) -> None:
+    """Put a layer of DISK over BACKING, as named from that layer ('': over nothing); the disk reads the same."""
+    if unsafe:
+        name = absolute(layer) or _top(session, disk)
+        session.call(
+            "change-backing-file",
+            device=disk,
+            image_node_name=name,
+            backing_file=backing,
+            x_nbdq_backing_format=backing_format,
+        )
+        return
+    _start(
+        session,
+        "x-nbdq-rebase",
+        disk,
+        background=background,
+        backing_file=backing,
+        backing_format=backing_format,
+        layer=absolute(layer),
+        speed=speed,
+    )
+
+
+def _top(session: Session, disk: str) -> str:
+    """The path of the active layer."""
+    blocks = session.call("query-block")
+    return next((block["inserted"]["file"] for block in blocks if block["device"] == disk), disk)
+
+
+@click.command("amend")
+@click.argument("disk", type=DISK)
+@click.option("-o", "options", multiple=True, metavar="NAME=VALUE[,...]", help="What to change, as for 'nbdq amend'.")
+@click.option("--chain", is_flag=True, help="All layers of DISK, the deepest first.")
+@_directories
+@_background
+@pass_session
+def amend(
+    session: Session, disk: str, options: tuple[str, ...], chain: bool, directories: tuple[str, ...], background: bool
+) -> None:
+    """Change options of the images of DISK while it is served."""
+    about: dict[str, Any] = {"chain": chain, "directories": [absolute(path) for path in directories]}
+    for option in ",".join(options).split(",") if options else ():
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise click.UsageError(f"{option!r} is not NAME=VALUE")
+        about[name] = _amended(name, value)
+    _start(session, "x-nbdq-amend", disk, background=background, **about)
+
+
+def _amended(name: str, value: str) -> Any:
+    if name in ("lazy_refcounts", "data_file_raw"):
+        return click.BOOL.convert(value, None, None)
+    return Size().convert(value, None, None) if name in ("size", "refcount_bits") else value
+
+
+@click.command("resize")
+@click.argument("disk", type=DISK)
+@click.argument("size", type=Size())
+@click.option("--shrink", is_flag=True, help="Give up what lies behind SIZE.")
+@pass_session
+def resize(session: Session, disk: str, size: int, shrink: bool) -> None:
+    """Give DISK another size."""
+    session.call("block_resize", device=disk, size=size, x_nbdq_shrink=shrink or None)
+
+
+@click.command("exports")
+@pass_session
+def exports(session: Session) -> None:
+    """List exports, with their clients."""
+    session.show(session.call("query-block-exports"))
+
+
+@click.command("unexport")
+@click.argument("export", type=EXPORT)
+@click.option("--mode", type=click.Choice(["safe", "soft", "hard"]), default=None, help="What becomes of its clients.")
+@pass_session
+def unexport(session: Session, export: str, mode: str | None) -> None:
+    """Take EXPORT back."""
+    session.call("block-export-del", id=export, mode=mode)
+
+
+@click.command("bitmaps")
+@click.argument("disk", type=DISK)
+@pass_session
+def bitmaps(session: Session, disk: str) -> None:
+    """List the dirty bitmaps of DISK, layer by layer."""
+    session.show(session.call("x-nbdq-bitmap-list", node=disk))
+
+
+@click.command("checkpoint")
+@click.argument("id")
+@click.argument("disks", nargs=-1, required=True, metavar="DISK[,bitmap=NAME][,new-bitmap=NAME][,export=NAME]...")
+@pass_session
+def checkpoint(session: Session, id: str, disks: tuple[str, ...]) -> None:
+    """Freeze one moment of all DISKs under the name ID, and export it for a backup."""
+    members = []
+    for disk in disks:
+        node, *options = disk.split(",")
+        pairs = [option.partition("=") for option in options]
+        if any(not equals for _, equals, _ in pairs):
+            raise click.UsageError(f"{disk!r}: after the disk, only NAME=VALUE")
+        members.append({"node": node, **{name: value for name, _, value in pairs}})
+    session.show(session.call("x-nbdq-checkpoint", id=id, disks=members))
+
+
+@click.command("checkpoint-end")
+@click.argument("id", type=CHECKPOINT)
+@click.option("--failed", is_flag=True, help="The backup was not made: what had changed counts as changed still.")
+@click.option("--hard", is_flag=True, help="Cut clients that still read it.")
+@_background
+@pass_session
+def checkpoint_end(session: Session, id: str, failed: bool, hard: bool, background: bool) -> None:
+    """End the checkpoint ID: what was written meanwhile goes back into the images."""
+    started = session.call(
+        "x-nbdq-checkpoint-end", id=id, success=False if failed else None, mode="hard" if hard else None
+    )
+    for job in () if background else started["jobs"]:
+        follow(session.client, job, complete=True, as_json=session.as_json)
+
+
+@click.command("jobs")
+@pass_session
+def jobs(session: Session) -> None:
+    """List what goes on."""
+    found = session.call("query-block-jobs")
+    if session.as_json:
+        return session.show(found)
+    for job in found:
+        click.echo(job_text(job))
+    return None
+
+
+@click.group("job")
+def job() -> None:
+    """Steer a job."""
+
+
+def _order(verb: str, help: str) -> click.Command:
+    @click.command(verb, help=help)
+    @click.argument("job", type=JOB)
+    @pass_session
+    def order(session: Session, job: str) -> None:
+        session.call(f"job-{verb}", id=job)
+
+    return order
+
+
+for _verb, _help in {
+    "pause": "Let JOB stop, after the piece of work in hand.",
+    "resume": "Let JOB go on.",
+    "cancel": "End JOB; the disk stays as it was.",
+    "complete": "Let JOB, which is ready, finish.",
+    "finalize": "Let JOB, which is pending, finish.",
+    "dismiss": "Forget JOB, which is concluded.",
+}.items():
+    job.add_command(_order(_verb, _help))
+
+
+@job.command("speed")
+@click.argument("job", type=JOB)
+@click.argument("speed", type=Size())
+@pass_session
+def set_speed(session: Session, job: str, speed: int) -> None:
+    """Let JOB copy no more than SPEED bytes per second; 0 for no limit."""
+    session.call("block-job-set-speed", device=job, speed=speed)
+
+
+@job.command("wait")
+@click.argument("job", type=JOB)
+@pass_session
+def wait(session: Session, job: str) -> None:
+    """Show how JOB goes on until it ends, or waits for somebody."""
+    follow(session.client, job, complete=False, as_json=session.as_json)
+
+
+@click.command("watch")
+@pass_session
+def watch(session: Session) -> None:
+    """Print events as they come."""
+    for event in session.client.events():
+        click.echo(json.dumps(event) if session.as_json else event_text(event))
+
+
+VERBS: dict[str, click.Command] = {
+    str(verb.name): verb
+    for verb in (
+        *(status, snapshot, commit, stream, rebase, amend, resize, exports, unexport, bitmaps),
+        *(checkpoint, checkpoint_end, jobs, job, watch),
+    )
+}
