@@ -10,7 +10,7 @@ from nbdq.qcow2.fields import FULL_LENGTH, V2_LENGTH
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.header_area import rewrite_header_area
 from nbdq.qcow2.snapshot_records import pack_snapshot_table, read_snapshot_table
-from nbdq.qcow2.snapshots import snapshot_table_length
+from nbdq.qcow2.snapshots import MAX_SNAPSHOT_TABLE, snapshot_table_length
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.storage import FileStorage
 
@@ -21,6 +21,7 @@ def upgrade(storage: FileStorage, header: Header) -> Header:
     Snapshots get the extra data that version 3 asks for (Q59), in a new table.
 
     Raises:
+        OperationError: there are too many snapshots.
         ImageError: the snapshot table is damaged.
         OSError: no room for tables or for the longer header, or the file cannot be read or written.
     """
@@ -40,17 +41,18 @@ def downgrade(storage: FileStorage, header: Header, progress: Progress) -> Heade
         ImageError: tables are damaged.
         OSError: the file cannot be read or written; ENOSPC if there is no room for the zeros.
     """
+    image = WritableImage(storage, header)  # refuses what has too many tables
     tables = Tables(storage, header)
     if header.compression_type is not CompressionType.DEFLATE and tables.any_compressed():
         raise OperationError(
             f"{printable(storage.path, 1024)}: Cannot downgrade an image with zstd compression type"
             " and existing compressed clusters"
         )
-    header = expand_zero_clusters(storage, header, tables, progress)
+    expand_zero_clusters(image, tables, progress)
     return rewrite_header_area(
         storage,
         replace(
-            header,
+            image.header,
             version=2,
             header_length=V2_LENGTH,
             unknown_fields=b"",
@@ -69,6 +71,9 @@ def _complete_snapshots(storage: FileStorage, header: Header) -> Header:
     if not any(record.is_incomplete for record in records):
         return header
     table = pack_snapshot_table(tuple(record.completed(header.guest_size) for record in records))
+    if len(table) > MAX_SNAPSHOT_TABLE:
+        what = "the snapshot table would become larger than QEMU accepts; delete some snapshots first"
+        raise OperationError(f"{printable(storage.path, 1024)}: {what}")
     image = WritableImage(storage, header)
     offset = image.allocate_metadata(_clusters(len(table), header))
     storage.write(offset, table)

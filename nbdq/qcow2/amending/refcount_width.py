@@ -19,9 +19,12 @@ from nbdq.qcow2.fields import MAX_REFCOUNT_TABLE
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.header_area import write_fields
 from nbdq.qcow2.refcount_widths import max_refcount, pack, unpack
+from nbdq.qcow2.writing.refcounts import BrokenRefcounts
+from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.storage import FileStorage
 
 _BLOCK_OFFSET = np.uint64(0xFFFF_FFFF_FFFF_FE00)
+_REPAIR = "repair it with nbdq check -r all"
 #: Refcounts that are looked at in one go.
 _PIECE = 1 << 16
 
@@ -39,6 +42,7 @@ def change_refcount_bits(storage: FileStorage, header: Header, bits: int, progre
     """
     order = bits.bit_length() - 1
     old = _Refcounts(storage, header)
+    _check_sole_use(storage, header, old)
     progress.expect(2 * len(old.blocks) * header.cluster_size)
     survey = _survey(storage, old, order, progress)
     plan = _place(storage, header, old, survey, order)
@@ -50,7 +54,7 @@ def change_refcount_bits(storage: FileStorage, header: Header, bits: int, progre
             with suppress(OSError):  # the first failure is the news
                 storage.truncate(length_before)
         raise
-    switched = write_fields(
+    return write_fields(
         storage,
         replace(
             header,
@@ -59,9 +63,19 @@ def change_refcount_bits(storage: FileStorage, header: Header, bits: int, progre
             refcount_table_clusters=plan.table_clusters,
         ),
     )
-    for cluster in old.structures.tolist():
-        storage.punch(cluster << header.cluster_bits, header.cluster_size)
-    return switched
+
+
+def _check_sole_use(storage: FileStorage, header: Header, old: "_Refcounts") -> None:
+    """What will be free must be nothing but refcounts, or something else would be overwritten one day (O4)."""
+    try:
+        image = WritableImage(storage, header)  # refuses metadata of two kinds in one place
+        counts = image.refcounts.get_many(old.structures)
+    except BrokenRefcounts as error:
+        raise CorruptImage(storage.path, str(error), _REPAIR) from error
+    if (counts != 1).any():
+        cluster = int(old.structures[counts != 1][0])
+        what = f"the refcounts at {cluster << header.cluster_bits:#x} are counted as something else, too"
+        raise CorruptImage(storage.path, what, _REPAIR)
 
 
 class _Refcounts:
@@ -79,7 +93,7 @@ class _Refcounts:
         offsets = np.array(list(self.blocks.values()), dtype=np.uint64)
         misplaced = (offsets % np.uint64(size) != 0) | (offsets >= np.uint64(storage.size()))
         if misplaced.any() or len(np.unique(offsets)) < len(offsets):
-            raise CorruptImage(storage.path, "the refcount table is damaged", "repair it with nbdq check -r all")
+            raise CorruptImage(storage.path, "the refcount table is damaged", _REPAIR)
         first = header.refcount_table_offset // size
         own_table = np.arange(first, first + header.refcount_table_clusters, dtype=np.uint64)
         self.structures: NDArray[np.uint64] = np.union1d(own_table, offsets >> np.uint64(header.cluster_bits))
@@ -102,7 +116,7 @@ class _Refcounts:
             if counts is not None:
                 low, high = np.searchsorted(self.structures, (start, start + step))
                 freed = (self.structures[low:high] - np.uint64(start)).astype(np.intp)
-                counts[freed] -= (counts[freed] != 0).astype(np.uint64)
+                counts[freed] = 0
                 yield start, counts
 
 

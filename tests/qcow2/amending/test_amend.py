@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nbdq.errors import OperationError
+from nbdq.errors import CorruptImage, OperationError
 from nbdq.qcow2.features import Autoclear, Compatible
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage
@@ -166,6 +166,19 @@ def test_compressed_clusters_stay_and_those_of_zstd_refuse_version_2(tmp_path: P
     empty = make(tmp_path / "empty.qcow2", f"{V3},compression_type=zstd")
     amend(empty, version=2)
     assert info(empty)["compat"] == "0.10"
+
+
+@pytest.mark.parametrize("host", [0x10000, 0x30000, 0x40000, 0x50200, 0x500000])
+def test_a_zero_cluster_on_metadata_or_nowhere_is_not_written_to(tmp_path: Path, host: int) -> None:
+    path = make(tmp_path / "disk.qcow2", V3)
+    io(path, "write -P 1 0 64k")
+    with path.open("r+b") as file:
+        file.seek(0x40000)  # the L2 table
+        file.write((host | 1 << 63 | 1).to_bytes(8, "big"))
+    before = path.read_bytes()
+    with pytest.raises(CorruptImage, match="nbdq check"):
+        amend(path, version=2)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("backed", [False, True])
