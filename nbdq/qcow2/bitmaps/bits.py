@@ -123,10 +123,9 @@ class DirtyBits:
 
     def clear(self) -> Packed:
         """Clear all bits; what they were, for :meth:`restore`. Costs nothing, whatever the size."""
-        empty: Packed = np.zeros(len(self.packed), dtype=np.uint8)
         with self._lock:
             old = self.packed
-            self._replace(empty)
+            self._replace(np.zeros(len(old), dtype=np.uint8))
         return old
 
     def restore(self, packed: Packed) -> None:

@@ -47,7 +47,7 @@ class MetadataImage(Protocol):
     def flush(self) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """One bitmap as the directory in the file lists it."""
 

@@ -70,10 +70,11 @@ class DirtyBitmaps:
         self.size = header.guest_size
         self._path = path
         self._header = header
-        self._bitmaps: list[DirtyBitmap] = []
+        # These are replaced as a whole, so that nobody who looks needs a lock.
+        self._bitmaps: tuple[DirtyBitmap, ...] = ()
+        self._trackers: tuple[DirtyBits, ...] = ()
+        self._marked: tuple[DirtyBits, ...] | None = None
         self._in_file: list[Stored] = []
-        self._trackers: list[DirtyBits] = []
-        self._marked: tuple[DirtyBits, ...] | None = None  # replaced as a whole, so that marking needs no lock
         self._is_stored = True
         self._lock = threading.RLock()
         """Which bitmaps there are, and what they are; not their bits. Nothing is waited for under it."""
@@ -89,6 +90,7 @@ class DirtyBitmaps:
             OSError: the file cannot be read.
         """
         found = cls(storage.path, header)
+        loaded = []
         memory = 0
         for entry in iterate_bitmaps(storage, header):
             bits, table = None, np.zeros(0, dtype=np.uint64)
@@ -100,7 +102,7 @@ class DirtyBitmaps:
                 bits = read_bits(storage, header, entry, table)
             stored = Stored(entry, table)
             found._in_file.append(stored)
-            found._bitmaps.append(
+            loaded.append(
                 DirtyBitmap(
                     entry.name,
                     entry.granularity_bits,
@@ -110,6 +112,7 @@ class DirtyBitmaps:
                     stored=stored,
                 )
             )
+        found._bitmaps = tuple(loaded)
         return found
 
     # Between the image and its file.
@@ -177,8 +180,7 @@ class DirtyBitmaps:
             OSError: ENOSPC or a failed medium; the bitmaps are gone with the next :meth:`store` at the latest.
         """
         with self._file_lock:
-            with self._lock:
-                present = {id(each.stored) for each in self._bitmaps}
+            present = {id(each.stored) for each in self._bitmaps}
             left = [stored for stored in self._in_file if id(stored) in present]
             if len(left) < len(self._in_file):
                 forget_bitmaps(image, left, self._in_file)
@@ -187,9 +189,7 @@ class DirtyBitmaps:
     # Asking.
 
     def __iter__(self) -> Iterator[BitmapState]:
-        with self._lock:
-            bitmaps = list(self._bitmaps)
-        for each in bitmaps:
+        for each in self._bitmaps:
             yield BitmapState(
                 each.name,
                 1 << each.granularity_bits,
@@ -242,7 +242,7 @@ class DirtyBitmaps:
             bits = DirtyBits(self.size, granularity_bits)
             bits.changed = True  # nothing is stored yet
             new = DirtyBitmap(name, granularity_bits, bits, is_enabled=not disabled, is_persistent=persistent)
-            self._bitmaps.append(new)
+            self._bitmaps += (new,)
             self._choose_marked()
         return lambda now: now.remove(name)
 
@@ -255,7 +255,7 @@ class DirtyBitmaps:
         with self._lock:
             found = self._named(name)
             position = self._bitmaps.index(found)
-            del self._bitmaps[position]
+            self._bitmaps = tuple(each for each in self._bitmaps if each is not found)
             self._choose_marked()
         return lambda now: now._put_back(found, position)
 
@@ -351,7 +351,7 @@ class DirtyBitmaps:
                 found = mine.get(each.name)
                 each.bits.changed |= found is None or found.bits is None
                 if found is None:
-                    self._bitmaps.append(replace(each, stored=None))
+                    self._bitmaps += (replace(each, stored=None),)
                 else:
                     found.bits, found.is_enabled = each.bits, each.is_enabled
             self._trackers += before._trackers
@@ -369,14 +369,14 @@ class DirtyBitmaps:
         """
         with self._lock:
             tracker = DirtyBits(self.size, granularity_bits)
-            self._trackers.append(tracker)
+            self._trackers += (tracker,)
             self._choose_marked()
             return tracker
 
     def untrack(self, tracker: DirtyBits) -> None:
         """Mark ``tracker``, one of :meth:`track`, no more. Idempotent."""
         with self._lock:
-            self._trackers = [each for each in self._trackers if each is not tracker]
+            self._trackers = tuple(each for each in self._trackers if each is not tracker)
             self._choose_marked()
 
     # Within.
@@ -394,7 +394,7 @@ class DirtyBitmaps:
                 if bitmap.bits is None:
                     return
                 bitmap.stored, bitmap.bits.changed = None, True
-            self._bitmaps.insert(position, bitmap)
+            self._bitmaps = (*self._bitmaps[:position], bitmap, *self._bitmaps[position:])
             self._choose_marked()
 
     def _set_enabled(self, name: str, is_enabled: bool) -> Undo:
