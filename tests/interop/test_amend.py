@@ -11,6 +11,7 @@ from nbdq.locks import WRITER, lock_image
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.header_area import set_backing, set_overlay_marker
 from nbdq.storage import FileStorage
+from tests.interop.test_block_devices import loop_device
 from tests.support.cli import nbdq, run_nbdq
 from tests.support.tools import execute, requires, run
 
@@ -200,6 +201,25 @@ def test_the_mark_of_an_overlay_can_be_forgotten(tmp_path: Path) -> None:
     assert "--forget-overlay" in refused.stderr
     nbdq("amend", "--forget-overlay", path)
     nbdq("amend", "-o", "size=8M", path)
+
+
+@requires("losetup")
+def test_an_image_on_a_device_is_amended_within_it_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"\xee" * (4 << 20))
+    with loop_device(file) as device:
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", device, "4M")
+        run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", device)
+        for options in ("refcount_bits=64", "refcount_bits=1", "compat=0.10,refcount_bits=16", "compat=1.1"):
+            nbdq("amend", "-o", options, device)
+            run("qemu-img", "check", "-f", "qcow2", device)
+            run("qemu-io", "-f", "qcow2", "-c", "read -P 7 0 1M", device)
+        execute("qemu-io", "-f", "qcow2", "-c", "write 0 4M", device)  # until no cluster is left
+        before = file.read_bytes()
+        refused = run_nbdq("amend", "-o", "refcount_bits=64", device)
+        assert refused.exit_code == 1
+        assert "no room" in refused.stderr
+        assert file.read_bytes() == before
 
 
 def test_help_lists_what_qemu_lists(tmp_path: Path) -> None:
