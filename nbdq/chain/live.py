@@ -23,6 +23,7 @@ from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Gate, Policy
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import ResolvedLayer, resolve_chain
+from nbdq.chain.sealing import seal
 from nbdq.errors import ImageError, NotFound, OperationError, printable
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.header_area import set_backing
@@ -287,18 +288,16 @@ class LiveChain:
     def _exchange_top(
         self, old: list[ResolvedLayer], new: list[ResolvedLayer], top: WritableDisk | None
     ) -> list[ResolvedLayer]:
-        if top is None:
-            self.claims.begin_writing(new[0])
-        try:
+        with ExitStack() as undo:
+            if top is None:
+                self.claims.begin_writing(new[0])
+                undo.callback(self._become_reader, new[0])
             old[0] = self._seal(old[0])
+            undo.callback(self.reopen_top)
+            self._layers = old
             new = [old[0] if layer.storage is old[0].storage else layer for layer in new]
             device = top or self._open_disk(new[0], new[1:])
-        except BaseException:
-            if top is None:
-                self._become_reader(new[0])
-            self._layers = old
-            self.reopen_top()
-            raise
+            undo.pop_all()
         self._become_reader(old[0])
         self.device = device
         self._watch_threshold()
@@ -311,7 +310,7 @@ class LiveChain:
     def _seal(self, top: ResolvedLayer) -> ResolvedLayer:
         """Make everything that the top holds durable; as it is in the file now. It is not to be written to any more."""
         assert not isinstance(self.device, ChainDisk)
-        self.device.finish()
+        seal(self.device, on_event=self.on_event)
         self._readers.pop(top.storage, None)
         return replace(top, header=self.device.top.header) if isinstance(self.device, OverlayDisk) else top
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer
+from nbdq.chain.sealing import seal
 from nbdq.errors import NbdqError, OperationError, printable
 from nbdq.ops.control import Cancelled, Control
 from nbdq.ops.preflight import find_overlays
@@ -157,8 +158,8 @@ class Amend:
     def _amend_top(self, options: AmendOptions) -> None:
         device = self._chain.device
         assert isinstance(device, OverlayDisk)
+        seal(device, on_event=self._chain.on_event)
         try:
-            device.finish()
             amend_image(device.top.storage, device.top.header, options, Control())
         finally:
             self._chain.reopen_top()

@@ -250,9 +250,9 @@ SCENARIOS: tuple[Scenario, ...] = (
         largest=448 * KIB,
     ),
     Scenario(
-        "amending up and down",
-        {"disk": (_BASE, _OLD)},
-        _amend(AmendOptions(version=3), AmendOptions(version=2)),
+        "amending down and up",
+        {"disk": (_BASE, replace(_TOP, zeroed=0.3))},
+        _amend(AmendOptions(version=2), AmendOptions(version=3), AmendOptions(version=2)),
     ),
     Scenario(
         "amending refcounts",

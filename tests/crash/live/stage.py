@@ -4,13 +4,21 @@ import asyncio
 import random
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 from nbdq.admin.registry import Reply
 from nbdq.chain.live import LiveChain
+from nbdq.errors import NbdqError
 from nbdq.ops import active_commit, commit, rebase, transfer
 from nbdq.ops.control import Control
 from nbdq.ops.operation import Operation
@@ -114,6 +122,8 @@ class Stage:
         self._recorder = recorder
         self._drained: list[Volume] = []
         self._is_working = False
+        self.shield: Callable[[Volume], AbstractContextManager[None]] = lambda volume: nullcontext()
+        """Within it guests work."""
         self.epochs: dict[str, list[Epoch]] = {}
         for number, (name, initial) in enumerate(prepared.initial.items()):
             first = max(_NUMBERS * (number + 1), int(initial.max()) + 100)
@@ -150,19 +160,27 @@ class Stage:
             for name, volume in self.server.volumes.items():
                 if volume not in self._drained and only in (None, name):
                     history = self.epochs[name][-1].history
-                    Guest(Front(volume), history, self.scenario.habits, self.generator).work(count)
+                    with self.shield(volume):
+                        Guest(Front(volume), history, self.scenario.habits, self.generator).work(count)
         finally:
             self._is_working = False
 
     @contextmanager
     def becoming(self, name: str, values: Values) -> Iterator[None]:
-        """Inside, the disk exchanges all that it holds for ``values``, as a whole."""
-        old = self.epochs[name][-1]
+        """Inside, the disk exchanges all that it holds for ``values``, as a whole, or fails to."""
+        volume, epochs = self.server.volumes[name], self.epochs[name]
+        old = epochs[-1]
         new = Epoch(History(self._recorder, values, first_number=old.history._next + 100), self._recorder.tick())
-        self.epochs[name].append(new)
-        self._drained.append(self.server.volumes[name])
-        yield
-        self._drained.remove(self.server.volumes[name])
+        epochs.append(new)
+        self._drained.append(volume)
+        try:
+            yield
+        except (NbdqError, OSError):
+            if self._differs(name, old.history.allowed_now()) is None:
+                epochs.remove(new)
+            raise
+        finally:
+            self._drained.remove(volume)
         old.ended = self._recorder.tick()
 
     # The run.
@@ -193,13 +211,13 @@ class Stage:
 
     def _look(self) -> Finding | None:
         for name, epochs in self.epochs.items():
-            history = epochs[-1].history
-            allowed = history.allowed_now()
-            found = read_stamps(self.server.read(name))
-            finding = compare(self.scenario.padded(found), allowed)
+            finding = self._differs(name, epochs[-1].history.allowed_now())
             if finding is not None:
                 return Finding(finding.fault, f"disk {name} before any crash: {finding.text}")
         return None
+
+    def _differs(self, name: str, allowed: Allowed) -> Finding | None:
+        return compare(self.scenario.padded(read_stamps(self.server.read(name))), allowed)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
