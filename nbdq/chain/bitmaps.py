@@ -1,11 +1,13 @@
 """The dirty bitmaps of a disk: those of the top, which are live, and those of layers below, as in their files."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from nbdq.block import BlockDevice
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.raw_disk import RawDisk
 from nbdq.errors import ExportError, ImageError, NotFound, OperationError, printable
 from nbdq.qcow2.bitmaps.bits import AllDirty, DirtyBits
 from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
@@ -14,19 +16,31 @@ from nbdq.qcow2.bitmaps.tracking import BitmapState, DirtyBitmaps
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.writing.writable import WritableImage
 
+#: Held while an image gets its first bitmaps.
+_MAKING = threading.Lock()
 
-def bitmaps_of(image: WritableImage) -> DirtyBitmaps:
+
+def bitmaps_of(image: WritableImage | RawDisk) -> DirtyBitmaps:
     """The bitmaps of an image that is being written to; from the first call on, each write marks them.
 
-    Requests that began before a change of them are waited for with :meth:`WritableImage.barrier`.
+    Requests that began before a change of them are waited for with :meth:`WritableImage.barrier`; a raw disk is
+    drained for it.
     """
-    with image.lock:
+    with _MAKING:
         if image.bitmaps is None:
-            bitmaps = DirtyBitmaps(image.path, image.header)
-            bitmaps.begin_writing(image.storage, image.header)  # nothing is in the file, so nothing is written
+            header = image.header if isinstance(image, WritableImage) else None
+            bitmaps = DirtyBitmaps(image.path, header, size=image.size)
+            bitmaps.begin_marking()
             image.bitmaps = bitmaps
         assert isinstance(image.bitmaps, DirtyBitmaps)
         return image.bitmaps
+
+
+def written_image(disk: BlockDevice) -> WritableImage | RawDisk | None:
+    """The image of ``disk`` that is being written to, and so has bitmaps that change; None for a read-only disk."""
+    if isinstance(disk, OverlayDisk):
+        return disk.top
+    return disk if isinstance(disk, RawDisk) else None
 
 
 def carry_over_bitmaps(before: BlockDevice, after: BlockDevice) -> None:
@@ -34,10 +48,9 @@ def carry_over_bitmaps(before: BlockDevice, after: BlockDevice) -> None:
 
     Nobody has written to the image in between, and no request is in progress.
     """
-    if not isinstance(before, OverlayDisk) or not isinstance(after, OverlayDisk):
-        return
-    if isinstance(before.top.bitmaps, DirtyBitmaps):
-        bitmaps_of(after.top).adopt(before.top.bitmaps)
+    old, new = written_image(before), written_image(after)
+    if old is not None and new is not None and isinstance(old.bitmaps, DirtyBitmaps):
+        bitmaps_of(new).adopt(old.bitmaps)
 
 
 def find_bitmaps(
@@ -89,14 +102,14 @@ def find_source(disk: BlockDevice, name: str) -> DirtyBits:
     return bits
 
 
-def list_bitmaps(layer: Qcow2Image | WritableImage) -> Iterator[BitmapState]:
+def list_bitmaps(layer: Qcow2Image | WritableImage | RawDisk) -> Iterator[BitmapState]:
     """The bitmaps of one layer. Those that nobody writes to are read for it; a damaged one counts as inconsistent.
 
     Raises:
         ImageError: there is no telling which bitmaps there are.
         OSError: the layer cannot be read.
     """
-    if isinstance(layer, WritableImage):
+    if not isinstance(layer, Qcow2Image):
         if isinstance(layer.bitmaps, DirtyBitmaps):
             yield from layer.bitmaps
         return
@@ -123,9 +136,8 @@ def live_bitmap(disk: BlockDevice, name: str) -> DirtyBits | None:
 
 
 def _find_live(disk: BlockDevice, name: str) -> DirtyBits | None:
-    if isinstance(disk, OverlayDisk) and isinstance(disk.top.bitmaps, DirtyBitmaps):
-        return disk.top.bitmaps.find(name)
-    return None
+    image = written_image(disk)
+    return image.bitmaps.find(name) if image is not None and isinstance(image.bitmaps, DirtyBitmaps) else None
 
 
 def _find(disk: BlockDevice, name: str) -> DirtyBits | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbdq.block import FilePiece, Kind, Piece, Status
 from nbdq.chain.raw import size_of_raw
+from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from nbdq.storage import FileStorage
 
 #: The unit of the page cache. A write to a part of a page that is not cached waits until the rest has been read.
@@ -29,6 +30,10 @@ class RawDisk:
     def __init__(self, storage: FileStorage) -> None:
         """Take ownership of ``storage``, open for writing; its length is asked once."""
         self.size = size_of_raw(storage)
+        self.path = storage.path
+        self.bitmaps: DirtyBitmaps | None = None
+        """Marked by every request before it changes anything; they end with the disk. As there are no pins here, they
+        are changed only while the disk is drained."""
         self._storage = storage
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -97,6 +102,8 @@ class RawDisk:
             return False
         if end % _PAGE and not self._storage.is_cached(end - 1, 1):
             return False
+        if self.bitmaps is not None:
+            self.bitmaps.mark(offset, len(view))
         self._storage.write(offset, view)
         return True
 
@@ -106,6 +113,8 @@ class RawDisk:
         Raises:
             OSError: ENOSPC if a sparse file finds its file system full, else EIO and final (R-63).
         """
+        if self.bitmaps is not None:
+            self.bitmaps.mark(offset, len(view))
         self._storage.write(offset, view)
 
     def zero(self, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
@@ -114,6 +123,8 @@ class RawDisk:
         Raises:
             OSError: EOPNOTSUPP if ``fast``, and only writing zeros would do it; else as :meth:`write`.
         """
+        if self.bitmaps is not None:
+            self.bitmaps.mark(offset, length)
         self._storage.write_zeros(offset, length, allocated=not unmap, fast=fast)
 
     def discard(self, offset: int, length: int) -> None:
@@ -122,6 +133,8 @@ class RawDisk:
         Raises:
             OSError: the medium failed; final (R-63).
         """
+        if self.bitmaps is not None:
+            self.bitmaps.mark(offset, length)
         self._storage.punch(offset, length)
 
     def grow(self, size: int) -> None:
@@ -150,8 +163,12 @@ class RawDisk:
         if self._storage.is_block_device:
             text = f"has {self.size} bytes, {size} are wanted, and a block device has the size that it has"
             raise OSError(errno.EOPNOTSUPP, text, self._storage.path)
+        if self.bitmaps is not None and size > self.size:
+            self.bitmaps.resize(size)
         self._storage.truncate(size)
         self._storage.sync()
+        if self.bitmaps is not None:
+            self.bitmaps.resize(size)
         self.size = size
 
     def flush(self) -> None:

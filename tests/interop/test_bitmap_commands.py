@@ -247,17 +247,32 @@ def test_bitmaps_of_a_disk_that_grows_and_shrinks_fit_it(disk: Path) -> None:
     run("qemu-img", "check", "-q", disk)
 
 
-def test_a_disk_that_cannot_have_bitmaps_says_so(disk: Path, tmp_path: Path) -> None:
-    raw = tmp_path / "raw.img"
-    raw.write_bytes(bytes(M))
-    with administered("-f", "raw", raw) as server:
-        assert "need a qcow2 image open for writing" in server.refusal("block-dirty-bitmap-add", node="raw", name="a")
+def test_a_read_only_disk_keeps_its_bitmaps_as_they_are(disk: Path) -> None:
     run("qemu-img", "bitmap", "--add", disk, "a")
     with administered("-r", disk) as server:
-        assert "need a qcow2 image open for writing" in server.refusal(
-            "block-dirty-bitmap-clear", node="disk", name="a"
-        )
+        said = server.refusal("block-dirty-bitmap-clear", node="disk", name="a")
+        assert "Node 'disk' is read-only" in said
         assert bitmaps(server)["a"]["recording"] is False
+
+
+def test_a_raw_disk_has_bitmaps_that_end_with_the_server(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.img"
+    raw.write_bytes(bytes(8 * M))
+    with administered("-f", "raw", raw) as server:
+        said = server.refusal("block-dirty-bitmap-add", node="raw", name="a", persistent=True)
+        assert "Can't store persistent bitmaps to" in said
+        server("block-dirty-bitmap-add", node="raw", name="a")
+        assert bitmaps(server, "raw")["a"]["granularity"] == K64
+        qemu_io(server, "write 1M 512", "write 3000000 70000", "write -z 5M 64k", "discard 6M 64k")
+        found = server("x-nbdq-bitmap-ranges", node="raw", name="a")["ranges"]
+        expected = [(M, K64), (2949120, 2 * K64), (5 * M, K64), (6 * M, K64)]
+        assert [(each["start"], each["length"]) for each in found] == expected
+        server("block-export-add", type="nbd", id="e", node_name="raw", name="e", bitmaps=["a"])
+        shown = block_status([server.uri("e")], "qemu:dirty-bitmap:a")
+        assert [(status.offset, status.length) for status in shown if status.value] == expected
+        assert "shown by export 'e'" in server.refusal("block-dirty-bitmap-remove", node="raw", name="a")
+        server("block-dirty-bitmap-clear", node="raw", name="a")
+        assert server("x-nbdq-bitmap-ranges", node="raw", name="a")["ranges"] == []
 
 
 COPY = """

@@ -13,8 +13,10 @@ from nbdq.admin.context import Context
 from nbdq.admin.registry import Reply, command
 from nbdq.admin.state import Changes
 from nbdq.admin.transaction import Action, carry_out
-from nbdq.chain.bitmaps import bitmaps_of, find_source, list_bitmaps
+from nbdq.block import BlockDevice
+from nbdq.chain.bitmaps import bitmaps_of, find_source, list_bitmaps, live_bitmap, written_image
 from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.raw_disk import RawDisk
 from nbdq.errors import OperationError, printable
 from nbdq.qcow2.bitmaps.bits import DirtyBits, dirty_extents
 from nbdq.qcow2.bitmaps.tracking import BitmapState, DirtyBitmaps, Undo
@@ -176,18 +178,18 @@ def _action(context: Context, node: str, what: str, change: Callable[[DirtyBitma
     return BitmapAction(context.volumes.volume(node), node, what, change)
 
 
-def _top(volume: Volume, node: str) -> WritableImage:
+def _top(volume: Volume, node: str) -> WritableImage | RawDisk:
     """The image whose bitmaps can be changed.
 
     Raises:
-        OperationError: ``node`` is a layer below, or the disk has none.
+        OperationError: ``node`` is a layer below, or the disk is read-only.
     """
-    device = volume.chain.device
-    if not isinstance(device, OverlayDisk):
-        raise OperationError(f"Node '{printable(node)}' has no dirty bitmaps: they need a qcow2 image open for writing")
+    image = written_image(volume.chain.device)
+    if image is None:
+        raise OperationError(f"Node '{printable(node)}' is read-only: its bitmaps cannot be changed")
     if node != volume.name and volume.chain.index_of(node) > 0:
         raise OperationError(f"Node '{printable(node)}' is not the top of its disk: its bitmaps are readonly")
-    return device.top
+    return image
 
 
 def _source(volume: Volume, node: str, name: str) -> DirtyBits:
@@ -325,21 +327,21 @@ def describe_bitmaps(exports: Exports, volume: Volume, index: int) -> list[dict[
         ImageError, OSError: its bitmaps cannot be read.
     """
     chain = volume.chain
-    layer: object = None
-    if index == 0 and isinstance(chain.device, OverlayDisk):
-        layer = chain.device.top
-    else:
-        layer = chain.slice(index, index).layers[0]
-    if not isinstance(layer, WritableImage | Qcow2Image):
-        return []
-    return [_described(exports, layer, state) for state in list_bitmaps(layer)]
+    layer = written_image(chain.device) if index == 0 else None
+    if layer is None:
+        below = chain.slice(index, index).layers[0]
+        if not isinstance(below, Qcow2Image):
+            return []
+        return [_described(state, is_busy=False) for state in list_bitmaps(below)]
+    return [_described(state, is_busy=_is_shown(exports, chain.device, state.name)) for state in list_bitmaps(layer)]
 
 
-def _described(exports: Exports, layer: WritableImage | Qcow2Image, state: BitmapState) -> dict[str, Any]:
-    is_busy = False
-    if isinstance(layer, WritableImage) and not state.is_inconsistent:
-        bits = bitmaps_of(layer).find(state.name)
-        is_busy = bits is not None and bool(_exporting(exports, bits))
+def _is_shown(exports: Exports, device: BlockDevice, name: str) -> bool:
+    bits = live_bitmap(device, name)
+    return bits is not None and bool(_exporting(exports, bits))
+
+
+def _described(state: BitmapState, *, is_busy: bool) -> dict[str, Any]:
     described = {
         "name": state.name,
         "count": state.dirty_length,

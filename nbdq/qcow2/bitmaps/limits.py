@@ -26,9 +26,9 @@ _SECTOR = 512
 _DEFAULT_BITS = range(12, 17)
 
 
-def default_granularity_bits(cluster_bits: int) -> int:
-    """A bit for each cluster, but for 4 to 64 KiB."""
-    return min(max(cluster_bits, _DEFAULT_BITS[0]), _DEFAULT_BITS[-1])
+def default_granularity_bits(header: Header | None) -> int:
+    """A bit for each cluster, but for 4 to 64 KiB; a raw image has no header."""
+    return min(max(header.cluster_bits, _DEFAULT_BITS[0]), _DEFAULT_BITS[-1]) if header else _DEFAULT_BITS[-1]
 
 
 def memory_needed(bitmaps: Sequence[DirtyBitmap], size: int) -> int:
@@ -57,12 +57,14 @@ def check_new_bitmap(bitmaps: Sequence[DirtyBitmap], name: str, granularity_bits
         raise OperationError("Too much space will be occupied by the bitmap. Use larger granularity")
 
 
-def check_persistence(bitmaps: Sequence[DirtyBitmap], name: str, *, path: str, header: Header) -> None:
-    """See that the image at ``path``, with this header, can keep one more bitmap.
+def check_persistence(bitmaps: Sequence[DirtyBitmap], name: str, *, path: str, header: Header | None) -> None:
+    """See that the image at ``path``, with this header, can keep one more bitmap; a raw image can keep none.
 
     Raises:
         OperationError: it cannot.
     """
+    if header is None:
+        raise OperationError(f"Can't store persistent bitmaps to {printable(path)}: a raw image has no place for them")
     kept = [each.name for each in bitmaps if each.is_persistent]
     if header.version < 3:
         problem = "Cannot store dirty bitmaps in qcow2 v2 files"  # (Q71)

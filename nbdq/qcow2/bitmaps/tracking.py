@@ -65,9 +65,12 @@ class DirtyBitmaps:
     be told of every write.
     """
 
-    def __init__(self, path: str, header: Header) -> None:
-        """No bitmaps yet, of the image at ``path``; :meth:`begin_writing` comes before the first mark."""
-        self.size = header.guest_size
+    def __init__(self, path: str, header: Header | None, *, size: int) -> None:
+        """No bitmaps yet, of the image at ``path``, a disk of ``size`` bytes; for a raw one there is no header.
+
+        :meth:`begin_writing`, or :meth:`begin_marking` if no file has bitmaps, comes before the first mark.
+        """
+        self.size = size
         self._path = path
         self._header = header
         # These are replaced as a whole, so that nobody who looks needs a lock.
@@ -89,7 +92,7 @@ class DirtyBitmaps:
             UnsupportedImage: a bitmap has extra data, or the bits need more than ``max_memory`` bytes.
             OSError: the file cannot be read.
         """
-        found = cls(storage.path, header)
+        found = cls(storage.path, header, size=header.guest_size)
         loaded = []
         memory = 0
         for entry in iterate_bitmaps(storage, header):
@@ -125,13 +128,17 @@ class DirtyBitmaps:
         Raises:
             UnsupportedImage, CorruptImage, OSError: as :func:`nbdq.qcow2.bitmaps.storing.declare_in_use`.
         """
-        assert self._marked is None, "bitmaps are in use already"
         declare_in_use(storage, header, self._in_file)
+        self.begin_marking()
+        return header
+
+    def begin_marking(self) -> None:
+        """Be told of writes from now on; the file has no bitmaps, or says that they are in use."""
+        assert self._marked is None, "bitmaps are in use already"
         with self._lock:
             self._is_stored = False
             self._marked = ()
             self._choose_marked()
-        return header
 
     def mark(self, offset: int, length: int) -> None:
         """Note in all enabled bitmaps that a range, not empty, is about to change; before it does.
@@ -234,7 +241,7 @@ class DirtyBitmaps:
             OperationError: there is one of that name, the image cannot keep it, or a limit of QEMU is passed (Q68).
         """
         if granularity_bits is None:
-            granularity_bits = default_granularity_bits(self._header.cluster_bits)
+            granularity_bits = default_granularity_bits(self._header)
         with self._lock:
             check_new_bitmap(self._bitmaps, name, granularity_bits, size=self.size)
             if persistent:

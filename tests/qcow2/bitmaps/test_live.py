@@ -28,7 +28,7 @@ def empty(header: Header | None = None) -> tuple[FakeImage, DirtyBitmaps]:
     """An image without bitmaps, being written to."""
     header = header or minimal_header(size=SIZE)
     storage = stored(minimal_image(header))
-    bitmaps = DirtyBitmaps(storage.path, header)
+    bitmaps = DirtyBitmaps(storage.path, header, size=header.guest_size)
     bitmaps.begin_writing(storage, header)
     return FakeImage(storage, header), bitmaps
 
