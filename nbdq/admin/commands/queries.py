@@ -10,6 +10,7 @@ from nbdq.admin.context import Context
 from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.sealing import seal
 from nbdq.chain.views import live_extents
 from nbdq.errors import OperationError, printable
 from nbdq.ops.describe import describe_image, json_text
@@ -240,7 +241,7 @@ def _check_top(chain: LiveChain, fix: bool) -> dict[str, Any]:
     be contradicted: so the engine brings everything into the file, and begins anew afterwards."""
     device = chain.device
     assert isinstance(device, OverlayDisk)
-    device.finish()
+    seal(device, on_event=chain.on_event)
     try:
         storage = device.top.storage
         header = read_header(storage)
