@@ -25,12 +25,16 @@ from nbdq.qcow2.bitmaps.bits import DirtyBits
 from nbdq.qcow2.header_area import set_overlay_marker
 from nbdq.qcow2.writing.writable import WritableImage
 
-#: log2 of the granularity in which changes are noted.
-_GRANULARITY_BITS = 16
+#: log2 of the granularity in which changes are noted: fine, for guests write in small pieces and all of it is copied …
+_GRANULARITY_BITS = 12
+#: … but coarser for disks that would need more bits than this.
+_BITS_MAX = 1 << 26
+#: What is so short is copied without asking first what it is.
+_SHORT = 64 << 10
 #: Bytes that may be left for the drain: some milliseconds.
-_SMALL = 16 << 20
+_SMALL = 1 << 20
 #: Passes after which a guest that writes as fast as we copy is not raced any longer.
-_PASSES_MAX = 10
+_PASSES_MAX = 30
 #: Seconds between passes that only keep up.
 _IDLE = 0.1
 
@@ -42,13 +46,22 @@ class ActiveCommit:
     The dirty bitmaps of the layers that go are not carried over, as in QEMU.
     """
 
-    def __init__(self, chain: LiveChain, *, base: int, directories: Collection[str] = (), force: bool = False) -> None:
+    def __init__(
+        self,
+        chain: LiveChain,
+        *,
+        base: int,
+        directories: Collection[str] = (),
+        force: bool = False,
+        workers: int = 1,
+    ) -> None:
         """Look whether it can be done; nothing is changed.
 
         Args:
             base: the layer that is to be the active one; all above it are committed.
             directories: where to look for other overlays of the layers that change, besides these layers' own.
             force: do not look; what lies over the base elsewhere will be damaged.
+            workers: threads that copy at once; one leaves most of the machine to the guests.
 
         Raises:
             OperationError: it makes no sense, the disk is read-only, or there are other overlays.
@@ -58,6 +71,7 @@ class ActiveCommit:
             check_no_overlays(chain, top=0, base=base, directories=directories)
         self._chain = chain
         self._base = chain.layers[base].storage
+        self._workers = workers
         self.on_ready: Callable[[], None] = lambda: None
         self._is_ready = False
         self._wanted = threading.Event()
@@ -95,10 +109,11 @@ class ActiveCommit:
         while True:
             passes += 1
             wanted = self._wanted.is_set()
-            if self._catch_up(control) > _SMALL and passes < _PASSES_MAX:
+            changed = self._catch_up(control)
+            self._writer.disk.flush()  # so that there is little to be saved when the disk is drained
+            if changed > _SMALL and passes < _PASSES_MAX:
                 continue
             if not self._is_ready:
-                self._writer.disk.flush()
                 self._is_ready = True
                 self.on_ready()
             elif wanted:
@@ -115,9 +130,9 @@ class ActiveCommit:
         base = [layer.storage for layer in chain.layers].index(self._base)
         self._writer = WrittenLayer(chain, base, size=device.size)
         self._image = device.top
-        self._dirty = bitmaps_of(self._image).track(_GRANULARITY_BITS)
+        self._dirty = bitmaps_of(self._image).track(_granularity_bits(device.size))
         self._image.barrier()  # now nobody is left who does not mark
-        transfer = Transfer(device, base, self._writer.disk)
+        transfer = Transfer(device, base, self._writer.disk, workers=self._workers)
         control.expect(transfer.measure())
         return transfer
 
@@ -134,8 +149,11 @@ class ActiveCommit:
         control.expect(changed)
         while self._pending:
             offset, length = self._pending[-1]
-            for _ in self._transfer.copy(offset, offset + length, control):
-                pass
+            if length <= _SHORT:
+                self._transfer.copy_short(offset, length, control)
+            else:
+                for _ in self._transfer.copy(offset, offset + length, control):
+                    pass
             self._pending.pop()
         control.total = control.done  # of what had changed not everything had to be copied
         return changed
@@ -189,3 +207,10 @@ class ActiveCommit:
             bitmaps_of(self._image).untrack(self._dirty)
         if writer is not None:
             writer.give_up()
+
+
+def _granularity_bits(size: int) -> int:
+    bits = _GRANULARITY_BITS
+    while size >> bits > _BITS_MAX:
+        bits += 1
+    return bits
