@@ -13,6 +13,7 @@ from tests.crash.engine import believed_bitmaps, open_engine, own_check
 from tests.crash.explore import Explorer, scratch
 from tests.crash.mutants import MUTANTS, Mutant
 from tests.crash.recording import record
+from tests.crash.verdict import Fault
 from tests.crash.workloads import WORKLOADS, Workload, by_name, prepare
 from tests.support.tools import requires
 
@@ -64,3 +65,4 @@ def test_an_engine_without_a_barrier_is_found_out(mutant: Mutant, directory: Pat
                 states = min(_STATES_OF_A_RUN, _STATES_FOR_A_MUTANT - explorer.figures.states)
                 explorer.run(by_name()[mutant.workload], seed, states=states, recoveries=0, repairs=0)
     assert explorer.figures.failures, f"nobody noticed in {explorer.figures.states} states: {mutant.barrier}"
+    assert not explorer.figures.faults[Fault.BROKEN], f"it does not work at all: {explorer.figures.failures[0]}"

@@ -673,8 +673,7 @@ def test_an_external_data_file_holds_the_guest_data_and_is_durable_before_the_ta
 def test_the_operator_is_told_once_that_the_image_passed_its_threshold(path: Path) -> None:
     with Engine(path) as engine:
         told: list[int] = []
-        allocator = engine.image.allocator
-        allocator.threshold, allocator.on_threshold = 20 * CLUSTER, told.append
+        engine.image.allocator.watch(20 * CLUSTER, told.append)
         engine.write(0, 10 * CLUSTER)
         assert told == []
         engine.write(10 * CLUSTER, 10 * CLUSTER)
