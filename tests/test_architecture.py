@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("nbdq.block", "nbdq.storage", "nbdq.errors"),
     },
     "nbdq.server": {"nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
-    "nbdq.ops": {"nbdq.chain", "nbdq.qcow2", "nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"},
+    "nbdq.ops": {"nbdq.chain", "nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.chain": {"nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     # The two cores never meet.
     "nbdq.qcow2": {"nbdq.block", "nbdq.storage", "nbdq.errors"},

@@ -79,7 +79,7 @@ def commit_command(
             if len(chain.layers) < 2:
                 raise OperationError("Image does not have a backing file")
             index = 1 if base is None else _find_base(chain, base)
-            operation = ActiveCommit(chain, base=index, directories=search, force=force)
+            operation = ActiveCommit(chain, base=index, directories=search, force=force, workers=_WORKERS)
             operation.complete()
             try:
                 operation.run(control)
@@ -98,6 +98,8 @@ def commit_command(
 
 #: Bytes of inflated clusters: each is read once.
 _CACHE = 16 << 20
+#: Threads that copy.
+_WORKERS = 4
 
 
 def _find_base(chain: LiveChain, name: str) -> int:
