@@ -1,6 +1,6 @@
 """``nbdq amend``: make an image, or a whole chain, another kind of image, with the options of qemu-img amend (4.11)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from fnmatch import fnmatch
 from functools import partial
@@ -145,15 +145,15 @@ def amend_command(
             amend_image(layer.storage, layer.header, wanted, control)
     else:
         rules = ChainRules(is_template=partial(_matches, templates), directories=search) if whole_chain else None
-        tell: Callable[[str], None] = click.echo if whole_chain and not quiet else lambda text: None
+        is_told = whole_chain and not quiet
         try:
-            _amend_disk(image, wanted, values.get("size"), policy, rules, control, on_layer=tell, shrink=shrink)
+            _amend_disk(image, wanted, values.get("size"), policy, rules, control, shrink=shrink, is_told=is_told)
         except (NbdqError, OSError) as error:
             if whole_chain:
                 raise NbdqError(failed(image, error)) from error
             raise
-        if whole_chain:
-            tell(succeeded(image))
+        if is_told:
+            click.echo(succeeded(image))
     if isinstance(control, ShownControl):
         control.end()
 
@@ -242,10 +242,15 @@ def _amend_disk(
     rules: ChainRules | None,
     control: Control,
     *,
-    on_layer: Callable[[str], None],
     shrink: bool,
+    is_told: bool,
 ) -> None:
     """Amend what needs the images below: the size of a disk, or all of its layers."""
+
+    def tell(path: str, done: int, total: int) -> None:
+        if is_told:
+            click.echo(f"{printable(path, 1024)}: amended ({done} of {total})")
+
     with _opened(image, policy) as chain:
         operation = Amend(
             chain,
@@ -254,7 +259,7 @@ def _amend_disk(
             size=None if size is None else -(-size // 512) * 512,
             shrink=shrink,
             whole_chain=rules,
-            on_layer=on_layer,
+            on_layer=tell,
             audit=lambda level, text: None,
         )
         _carry_out(operation, control)

@@ -48,7 +48,7 @@ class Amend:
         size: int | None = None,
         shrink: bool = False,
         whole_chain: ChainRules | None = None,
-        on_layer: Callable[[str], None] = _log.info,
+        on_layer: Callable[[str, int, int], None] = lambda path, done, total: None,
         audit: Callable[[int, str], None] = _log.log,
     ) -> None:
         """Look whether it can be done; nothing is changed.
@@ -58,7 +58,7 @@ class Amend:
             size: of the disk in bytes; smaller only with ``shrink``.
             whole_chain: amend every layer that is not yet what ``options`` say, by these rules; raw ones are passed
                 over. Without, only the top.
-            on_layer: told in one line of every layer that was amended; from any thread.
+            on_layer: told of every layer that was amended: its path, how many are done, of how many; from any thread.
             audit: told in one line how it ended, well or not; the first argument is a level of :mod:`logging`.
 
         Raises:
@@ -130,6 +130,7 @@ class Amend:
             for layer in lower:  # all of them before any is changed
                 self._chain.claims.begin_writing(layer)
                 self._claimed.append(layer)
+            control.expect(len(lower))  # a unit for each; tables that have to be rewritten count by bytes
             for layer in reversed(lower):
                 assert layer.header is not None
                 try:
@@ -137,6 +138,7 @@ class Amend:
                 finally:
                     self._chain.refresh(self._chain.index_of(layer.path))
                 self._tell(layer)
+                control.advance(1, cost=0)
 
     def pivot(self) -> None:
         """Amend the top; the caller has drained the disk.
@@ -185,7 +187,7 @@ class Amend:
 
     def _tell(self, layer: ResolvedLayer) -> None:
         self._done += 1
-        self._on_layer(f"{printable(layer.path, 1024)}: amended ({self._done} of {len(self._layers)})")
+        self._on_layer(layer.path, self._done, len(self._layers))
 
     def revert(self) -> None:
         """What was amended stays: the disk reads the same."""

@@ -51,6 +51,16 @@ def test_a_connected_client_can_use_what_a_larger_size_added(disk: Path) -> None
     check(disk)
 
 
+def test_every_image_that_was_amended_is_told_by_an_event(disk: Path) -> None:
+    with administered(disk) as server:
+        amend(server, compat="1.1", chain=True)
+        events = [event["data"] for event in server.client.taken_events() if event["event"] == "X_NBDQ_AMENDED"]
+    assert [(Path(event["file"]).name, event["done"], event["total"]) for event in events] == [
+        ("base.qcow2", 1, 2),
+        ("disk.qcow2", 2, 2),
+    ]
+
+
 def test_a_template_of_the_volume_policy_is_refused(disk: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text(f'[[directory]]\npath = "{tmp_path}"\ntemplates = ["base.qcow2"]\n')

@@ -2,6 +2,7 @@
 
 import errno
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +40,10 @@ def chain(directory: Path, *options: str, raw: bool = False) -> list[Path]:
     return paths
 
 
+def teller(lines: list[str]) -> Callable[[str, int, int], None]:
+    return lambda path, done, total: lines.append(f"{path}: amended ({done} of {total})")
+
+
 def upgrade(disk: Served, *, rules: ChainRules | None = None, told: list[str] | None = None, **more: Any) -> Amend:
     lines = [] if told is None else told
     return Amend(
@@ -46,7 +51,7 @@ def upgrade(disk: Served, *, rules: ChainRules | None = None, told: list[str] | 
         AmendOptions(version=3),
         name="disk",
         whole_chain=rules,
-        on_layer=lines.append,
+        on_layer=teller(lines),
         audit=lambda level, text: lines.append(text),
         **more,
     )
@@ -162,7 +167,7 @@ def test_a_failure_halfway_leaves_every_layer_whole_and_the_disk_in_service(tmp_
             AmendOptions(refcount_bits=64),
             name="disk",
             whole_chain=ChainRules(),
-            on_layer=told.append,
+            on_layer=teller(told),
             audit=lambda level, text: told.append(text),
         )
         operation.run(Control())

@@ -1,5 +1,6 @@
 """Making the images of a disk other kinds of images, while it is served (4.11). No QEMU can do that."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,7 +36,10 @@ class AmendArguments(JobOptions):
 
 @command("x-nbdq-amend", AmendArguments)
 async def amend(context: Context, arguments: AmendArguments) -> Reply:
-    """Change options of a disk's image, or of all its layers: version, width of refcounts, size, …"""
+    """Change options of a disk's image, or of all its layers: version, width of refcounts, size, …
+
+    Each image that has been amended is told by an event, X_NBDQ_AMENDED.
+    """
     volume = context.volumes.volume(arguments.device)
     options = AmendOptions(
         version=None if arguments.compat is None else _VERSIONS[arguments.compat],
@@ -49,6 +53,12 @@ async def amend(context: Context, arguments: AmendArguments) -> Reply:
     single = (arguments.data_file, arguments.data_file_raw, arguments.size)
     if arguments.chain and any(value is not None for value in single):
         raise OperationError("'data-file', 'data-file-raw' and 'size' are options of one image; leave out 'chain'")
+    loop = asyncio.get_running_loop()
+
+    def tell(path: str, done: int, total: int) -> None:
+        about = {"device": volume.name, "file": path, "done": done, "total": total}
+        loop.call_soon_threadsafe(context.emit, "X_NBDQ_AMENDED", about)
+
     rules = ChainRules(is_template=context.policies.is_template, directories=arguments.directories)
 
     def make() -> Amend:
@@ -59,6 +69,7 @@ async def amend(context: Context, arguments: AmendArguments) -> Reply:
             size=arguments.size,
             shrink=arguments.shrink,
             whole_chain=rules if arguments.chain else None,
+            on_layer=tell,
         )
 
     await context.jobs.start(arguments.request("x-nbdq-amend", "amend", volume, persistent=False, paths={}), make)
