@@ -110,7 +110,8 @@ class ActiveCommit:
             passes += 1
             wanted = self._wanted.is_set()
             changed = self._catch_up(control)
-            self._writer.disk.flush()  # so that there is little to be saved when the disk is drained
+            if changed or not self._is_ready:
+                self._writer.disk.flush()  # so that there is little to be saved when the disk is drained
             if changed > _SMALL and passes < _PASSES_MAX:
                 continue
             if not self._is_ready:
