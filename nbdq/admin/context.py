@@ -52,6 +52,14 @@ class Volumes:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A job that a former server had begun."""
+
+    volume: Volume
+    job: JobRecord
+
+
+@dataclass(frozen=True)
 class Context:
     """Shared by all clients but for ``peer``. Loop thread only, unless a member says otherwise."""
 
@@ -66,8 +74,8 @@ class Context:
     quit: Callable[[], None]
     """Stop the server cleanly, soon."""
     peer: Peer
-    resumed: JobRecord | None = None
-    """The job that a command is to go on with, which a former server had begun; None for a client's command."""
+    resumed: Resumed | None = None
+    """What a command is to go on with; None if a client gave the command."""
 
     async def in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         """What ``function`` returns; it may wait for a disk, on another thread, and is never interrupted."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from nbdq.admin import commands
 from nbdq.admin.arguments import parse
 from nbdq.admin.checkpoints import Checkpoints
-from nbdq.admin.context import Context, Peer, Volumes
+from nbdq.admin.context import Context, Peer, Resumed, Volumes
 from nbdq.admin.jobs import Jobs
 from nbdq.admin.monitor import Access, Monitor
 from nbdq.admin.policies import Policies
@@ -106,7 +106,7 @@ class Administration:
         try:
             command = COMMANDS[job.command]
             arguments = parse(command.arguments, job.arguments, spell=str)
-            await command.run(replace(self._context, resumed=job), arguments)
+            await command.run(replace(self._context, resumed=Resumed(volume, job)), arguments)
             _log.info("job %s goes on", printable(job.id))
         except (NbdqError, OSError, KeyError) as error:
             _log.warning("job %s does not go on: %s", printable(job.id), error)

@@ -88,7 +88,7 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
     """Commit layers of a disk into one below them; if the active one is among them, that waits to be completed."""
     if not arguments.x_nbdq_dry_run and _is_there(context, "block-commit", arguments):
         return None
-    volume = context.volumes.volume(arguments.device)
+    volume = _volume(context, arguments)
     chain = volume.chain
     layers = chain.layers
     if len(layers) < 2:
@@ -103,23 +103,24 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
         _refuse_shown(volume, top, base)
 
     options: dict[str, Any] = {"directories": arguments.x_nbdq_directories, "force": arguments.x_nbdq_force}
+    paths = {"top": layers[top].path, "base": layers[base].path}
 
-    def make() -> Operation:
-        if top == 0:
-            return ActiveCommit(chain, base=base, **options)
+    def make() -> Operation:  # the layers may have other places by now
+        first, into = chain.index_of(paths["top"]), chain.index_of(paths["base"])
+        if first == 0:
+            return ActiveCommit(chain, base=into, **options)
         return Commit(
             chain,
-            top=top,
-            base=base,
+            top=first,
+            base=into,
             backing_file=arguments.backing_file,
-            start=0 if context.resumed is None else context.resumed.offset,
+            start=0 if context.resumed is None else context.resumed.job.offset,
             on_durable=_recorder(context, volume.name, arguments.id),
             **options,
         )
 
     if arguments.x_nbdq_dry_run:
         return await context.in_thread(_foresee_commit, chain, top, base, arguments.x_nbdq_directories)
-    paths = {"top": layers[top].path, "base": layers[base].path}
     await context.jobs.start(arguments.request("block-commit", "commit", volume, persistent=True, paths=paths), make)
     return None
 
@@ -157,28 +158,27 @@ async def stream(context: Context, arguments: StreamArguments) -> Reply:
     """Let a layer of a disk take over what the layers below it hold, down to a base or all of it."""
     if _is_there(context, "block-stream", arguments):
         return None
-    volume = context.volumes.volume(arguments.device)
+    volume = _volume(context, arguments)
     chain = volume.chain
     into = None if arguments.device == volume.name else arguments.device  # the node name of a layer
     index = _layer(context, chain, "layer", arguments.x_nbdq_layer, into, default=0)
     if arguments.bottom is not None and (arguments.base is not None or arguments.base_node is not None):
         raise OperationError("'bottom' and 'base' are mutually exclusive")
-    base: int | None
     if arguments.bottom is not None:
         base = _layer(context, chain, "bottom", arguments.bottom, None, default=0) + 1
     else:
         base = _layer(context, chain, "base", arguments.base, arguments.base_node, default=len(chain.layers))
-    below = None if base == len(chain.layers) else base
     _refuse_shown(volume, index + 1, base - 1)
-
-    def make() -> Operation:
-        return Stream(chain, index=index, base=below, backing_file=arguments.backing_file)
-
     paths = {"layer": chain.layers[index].path}
-    if below is not None:
-        paths["base"] = chain.layers[below].path
     if arguments.bottom is not None:
         paths["bottom"] = chain.layers[base - 1].path
+    if base < len(chain.layers):
+        paths["base"] = chain.layers[base].path
+
+    def make() -> Operation:  # the layers may have other places by now
+        below = chain.index_of(paths["base"]) if "base" in paths else None
+        return Stream(chain, index=chain.index_of(paths["layer"]), base=below, backing_file=arguments.backing_file)
+
     await context.jobs.start(arguments.request("block-stream", "stream", volume, persistent=True, paths=paths), make)
     return None
 
@@ -205,8 +205,10 @@ async def rebase(context: Context, arguments: RebaseArguments) -> Reply:
     if arguments.backing_file and arguments.backing_format is None:
         raise OperationError("backing format must be specified")
     _refuse_shown(volume, index + 1, len(chain.layers) - 1)
+    layer = chain.layers[index].path
 
-    def make() -> Operation:
+    def make() -> Operation:  # the layer may have another place by now
+        index = chain.index_of(layer)
         if not arguments.backing_file:
             return Stream(chain, index=index)
         assert arguments.backing_format is not None
@@ -248,12 +250,16 @@ def _is_there(context: Context, name: str, arguments: JobOptions) -> bool:
     return context.jobs.find_same(arguments.id, name, asdict(arguments)) is not None
 
 
+def _volume(context: Context, arguments: JobOptions) -> Volume:
+    return context.volumes.volume(arguments.device) if context.resumed is None else context.resumed.volume
+
+
 def _layer(context: Context, chain: LiveChain, what: str, path: str | None, node: str | None, *, default: int) -> int:
     """The layer that an argument names in one of QEMU's two ways, or that it meant when its job began."""
     if path is not None and node is not None:
         raise OperationError(f"'{what}-node' and '{what}' are mutually exclusive")
-    if context.resumed is not None and what in context.resumed.paths:
-        return chain.index_of(context.resumed.paths[what])
+    if context.resumed is not None and what in context.resumed.job.paths:
+        return chain.index_of(context.resumed.job.paths[what])
     name = path if node is None else node
     return default if name is None else chain.index_of(name)
 
