@@ -173,6 +173,20 @@ def test_an_inconsistent_bitmap_whose_table_makes_no_sense_leaks() -> None:
     assert believed(content_of(image.storage)) == {"b1": {1}}
 
 
+def test_a_full_medium_keeps_a_removed_bitmap_in_the_file_until_the_image_is_closed() -> None:
+    content, header = lay_out([bitmap("b0"), bitmap("b1", data=b"\x02")])
+    image, bitmaps = opened(content, header)
+    bitmaps.remove("b0")
+    full = FakeImage(image.storage, image.header)
+    full.allocate_metadata = refuse  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="full"):
+        bitmaps.forget_removed(full)
+    assert believed(content_of(image.storage)) == {"b0": None, "b1": None}
+    assert [state.name for state in bitmaps] == ["b1"]
+    bitmaps.store(image)
+    assert believed(content_of(image.storage)) == {"b1": {1}}
+
+
 # Refusals.
 
 
