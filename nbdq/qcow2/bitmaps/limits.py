@@ -46,6 +46,8 @@ def check_new_bitmap(bitmaps: Sequence[DirtyBitmap], name: str, granularity_bits
         raise OperationError("Bitmap name cannot be empty")
     if any(each.name == name for each in bitmaps):
         raise OperationError(f"Bitmap already exists: {printable(name)}")
+    if len(bitmaps) >= MAX_BITMAPS:  # each one costs every write
+        raise OperationError("Maximum number of bitmaps is already reached")
     if _length(name) > MAX_NAME:
         raise OperationError(f"Bitmap name too long: {printable(name)}")
     if granularity_bits < MIN_GRANULARITY_BITS:

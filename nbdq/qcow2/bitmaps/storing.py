@@ -9,6 +9,7 @@ because the autoclear bit is off, or right ones (Q69, R-57):
 - Only then what the old directory named is given up.
 """
 
+import errno
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ def store_bitmaps(image: MetadataImage, bitmaps: Iterable[DirtyBitmap], in_file:
         What the directory lists then. Durable.
 
     Raises:
-        OSError: ENOSPC or a failed medium. In the file the bitmaps are still in use, or not believed, or stored.
+        OSError: ENOSPC, ENOMEM or a failed medium. In the file bitmaps are still in use, or not believed, or stored.
     """
     kept = [each for each in bitmaps if each.is_persistent]
     if not kept and not in_file:
@@ -160,9 +161,11 @@ def _allocating(image: MetadataImage) -> Iterator[Callable[[int], int]]:
 
     try:
         yield allocate
-    except OSError:
+    except (OSError, MemoryError) as error:
         for offset, cluster_count in allocated:
             image.free_metadata(offset, cluster_count)
+        if isinstance(error, MemoryError):
+            raise OSError(errno.ENOMEM, "no memory to store dirty bitmaps", image.storage.path) from error
         raise
 
 
