@@ -123,7 +123,8 @@ class Fill:
         for stretch in self._stretches.within(start, end):
             if stretch.content == Content.COMPRESSED and (data := _compressed(self._stretches, stretch)):
                 for low, high in _cut(stretch, self._target.top.cluster_size):
-                    self._target.write_compressed(low, data, if_open=True)
+                    if not self._target.write_compressed(low, data, if_open=True):
+                        self._target.populate(low, high - low)  # the guest has decided some subclusters meanwhile
                     control.advance(high - low, cost=len(data))
                     yield high
                 continue
