@@ -33,7 +33,7 @@ class Client:
         Raises:
             AdminError: nobody listens there, or it is no QMP server.
         """
-        self._path = path
+        self.path = path
         self._timeout = timeout
         self._buffer = bytearray()
         self._events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_MAX)
@@ -131,7 +131,7 @@ class Client:
             except ConnectionError:
                 data = b""
             if not data or len(self._buffer) > _LINE_MAX:
-                raise AdminError(f"{printable(self._path)}: the server has closed the connection")
+                raise AdminError(f"{printable(self.path)}: the server has closed the connection")
             self._buffer += data
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -140,5 +140,5 @@ class Client:
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise AdminError(f"{printable(self._path)}: not an admin socket")
+            raise AdminError(f"{printable(self.path)}: not an admin socket")
         return message

@@ -62,7 +62,7 @@ def _option(entry: dict[str, Any]) -> click.Option:
         return click.Option([variable, f"--{name}/--no-{name}"], default=None, required=required)
     if entry["type"] == "array":
         return click.Option([variable, f"--{name}"], multiple=True, type=Json(), required=required, help="Repeatable.")
-    return click.Option([variable, f"--{name}"], type=_kind(entry), required=required, default=None)
+    return click.Option([variable, f"--{name}"], type=_kind(entry), required=required)
 
 
 def _kind(entry: dict[str, Any]) -> click.ParamType[Any]:

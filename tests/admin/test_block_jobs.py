@@ -254,7 +254,7 @@ def test_a_damaged_state_file_keeps_the_server_from_starting(layers: list[Path],
 def test_a_client_that_hangs_up_in_the_middle_of_a_job_changes_nothing_for_it(layers: list[Path]) -> None:
     _base, *_, top = map(str, layers)
     with administered(top) as server:
-        path = server.client._path
+        path = server.client.path
         with Client(path, timeout=PATIENCE) as starter:
             starter.call("block-stream", {"device": "top", "job-id": "j", "speed": 1})
         server("block-job-set-speed", device="j", speed=0)

@@ -1,0 +1,225 @@
+"""``nbdq ctl``: one command, one call; errors in one line; jobs that show how they go on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from tests.support.administration import Administered, administered
+from tests.support.cli import run_nbdq
+from tests.support.tools import requires, run
+
+pytestmark = requires("qemu-img", "qemu-io")
+
+
+class Ctl:
+    """The command line of an administrator."""
+
+    def __init__(self, server: Administered, directory: Path) -> None:
+        self.server = server
+        self.directory = directory
+        self.socket = server.client.path
+
+    def run(self, *words: str | Path) -> Result:
+        return run_nbdq("ctl", "-s", self.socket, *words)
+
+    def __call__(self, *words: str | Path) -> str:
+        """What a command that must succeed prints."""
+        result = self.run(*words)
+        assert (result.exit_code, result.stderr) == (0, ""), (words, result.stderr)
+        return result.stdout
+
+    def refusal(self, *words: str | Path) -> str:
+        """The one line that a command must end in."""
+        result = self.run(*words)
+        assert result.exit_code == 1
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        return result.stderr
+
+
+@pytest.fixture
+def ctl(tmp_path: Path) -> Iterator[Ctl]:
+    base, top = tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", base, "16M")
+    run("qemu-io", "-c", "write -P 1 0 16M", base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    run("qemu-io", "-c", "write -P 2 2M 4M", top)
+    with administered(top) as server:
+        yield Ctl(server, tmp_path)
+
+
+def test_status_shows_disks_exports_and_jobs(ctl: Ctl) -> None:
+    heading, disk = ctl("status").splitlines()
+    assert heading.split() == ["DISK", "SIZE", "USED", "TOP", "EXPORTS"]
+    assert disk.split()[:3] == ["disk", "16", "MiB"]
+    assert set(json.loads(ctl("--json", "status"))) == {"disks", "exports", "jobs"}
+
+
+def test_a_snapshot_and_a_commit_back_take_one_line_each(ctl: Ctl) -> None:
+    overlay = ctl.directory / "overlay.qcow2"
+    assert ctl("snapshot", "disk", overlay) == ""
+    assert "exists" in ctl.refusal("snapshot", "disk", overlay)
+    assert str(overlay) in ctl("status")
+    said = ctl("commit", "disk", "--base", ctl.directory / "disk.qcow2").splitlines()
+    assert said[-1].startswith("disk: done")
+    assert str(overlay) not in ctl("status")
+
+
+def test_a_commit_can_be_left_ready_and_completed_later(ctl: Ctl) -> None:
+    assert "nbdq ctl job complete disk" in ctl("commit", "disk", "--keep-ready").splitlines()[-1]
+    assert "ready" in ctl("jobs")
+    assert ctl("job", "complete", "disk") == ""
+    assert ctl("job", "wait", "disk").startswith("disk: ")  # done, or ended before it was watched
+    assert ctl("jobs") == ""
+
+
+def test_jobs_are_steered_from_another_command(ctl: Ctl) -> None:
+    ctl("stream", "disk", "--speed", "1", "--background")
+    assert "disk: stream running" in ctl("jobs")
+    ctl("job", "pause", "disk")
+    assert "paused" in ctl("jobs")
+    assert "already paused" in ctl.refusal("job", "pause", "disk")
+    ctl("job", "resume", "disk")
+    ctl("job", "speed", "disk", "2k")
+    assert json.loads(ctl("--json", "jobs"))[0]["speed"] == 2048
+    ctl("job", "cancel", "disk")
+    ctl.server.wait_for_jobs()
+    assert "not found" in ctl.refusal("job", "cancel", "disk")
+
+
+def test_a_job_that_fails_while_it_is_watched_is_an_error(ctl: Ctl) -> None:
+    ctl("stream", "disk", "--speed", "1", "--background")
+    with subprocess.Popen(
+        [sys.executable, "-m", "nbdq", "ctl", "-s", ctl.socket, "job", "wait", "disk"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watcher:
+        assert watcher.stdout is not None
+        assert "running" in watcher.stdout.readline()
+        ctl("job", "cancel", "disk")
+        assert watcher.communicate()[1] == "nbdq: job disk was cancelled\n"
+    assert watcher.returncode == 1
+
+
+def test_every_command_of_the_server_has_options_of_its_own(ctl: Ctl) -> None:
+    assert ctl("block-dirty-bitmap-add", "--node", "disk", "--name", "b", "--granularity", "64k") == ""
+    listed = json.loads(ctl("bitmaps", "disk"))
+    assert [bitmap["name"] for bitmap in listed[0]["dirty-bitmaps"]] == ["b"]
+    result = ctl.run("block-dirty-bitmap-add", "--node", "disk")
+    assert result.exit_code == 2
+    assert "--name" in result.stderr
+    help = ctl("block-commit", "--help")
+    assert "--x-nbdq-dry-run" in help
+    assert "[report|ignore|enospc|stop]" in help
+
+
+def test_call_takes_arguments_as_the_server_describes_them(ctl: Ctl) -> None:
+    ctl("call", "block-dirty-bitmap-add", "node=disk", "name=7", "persistent=yes", "granularity=128k")
+    actions = [{"type": "block-dirty-bitmap-remove", "data": {"node": "disk", "name": "7"}}]
+    ctl("call", "transaction", f"actions={json.dumps(actions)}")
+    assert ctl("bitmaps", "disk") == ""
+    assert "Parameter 'name' is missing" in ctl.refusal("call", "block-dirty-bitmap-add", "node=disk")
+    assert "not been found" in ctl.refusal("call", "frobnicate")
+    assert ctl.run("call", "query-block", "nonsense").exit_code == 2
+
+
+def test_what_the_server_refuses_is_said_in_one_line(ctl: Ctl) -> None:
+    assert "Cannot find device='nobody'" in ctl.refusal("snapshot", "nobody", "x")
+    assert "would be lost" in ctl.refusal("resize", "disk", "8M")
+    ctl("resize", "disk", "8M", "--shrink")
+    assert "8 MiB" in ctl("status")
+
+
+def test_a_command_that_nobody_knows_and_a_missing_socket_are_misuse(ctl: Ctl, tmp_path: Path) -> None:
+    assert ctl.run("frobnicate").exit_code == 2
+    assert run_nbdq("ctl", "status").exit_code == 2
+    missing = run_nbdq("ctl", "-s", tmp_path / "nothing", "status")
+    assert missing.exit_code == 1
+    assert "cannot connect" in missing.stderr
+
+
+def test_events_are_watched_as_they_come(ctl: Ctl) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "nbdq", "ctl", "-s", ctl.socket, "--json", "watch"], stdout=subprocess.PIPE, text=True
+    ) as watcher:
+        assert watcher.stdout is not None
+        while not any("watch" in line for line in _arguments_of_clients(ctl, watcher.pid)):
+            pass
+        ctl("stream", "disk", "--background")
+        events = []
+        while not events or events[-1]["data"].get("status") != "null":
+            events.append(json.loads(watcher.stdout.readline()))
+        watcher.terminate()
+    assert {"JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED"} <= {event["event"] for event in events}
+
+
+def _arguments_of_clients(ctl: Ctl, pid: int) -> list[str]:
+    """A watcher that is connected: it has opened a socket, and the server has answered its negotiation."""
+    ctl("query-status")
+    sockets = [name for name in os.listdir(f"/proc/{pid}/fd") if _is_socket(f"/proc/{pid}/fd/{name}")]
+    return ["watch"] if sockets and Path(f"/proc/{pid}/wchan").exists() and _sleeps(pid) else []
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return os.readlink(path).startswith("socket:")
+    except OSError:
+        return False
+
+
+def _sleeps(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+def test_a_checkpoint_begins_and_ends(ctl: Ctl) -> None:
+    ctl("block-dirty-bitmap-add", "--node", "disk", "--name", "b0", "--persistent")
+    begun = json.loads(ctl("checkpoint", "c1", "disk,bitmap=b0,new-bitmap=b1"))
+    assert begun["disks"][0]["new-bitmap"] == "b1"
+    assert "done" in ctl("checkpoint-end", "c1")
+    assert ctl("x-nbdq-query-checkpoints") == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("nbdq ctl -s SOCKET sn", "snapshot"),
+        ("nbdq ctl -s SOCKET block-com", "block-commit"),
+        ("nbdq ctl -s SOCKET commit d", "disk"),
+        ("nbdq ctl -s SOCKET unexport d", "disk"),
+        ("nbdq ctl -s SOCKET call query-blocks", "query-blockstats"),
+        ("nbdq ctl -s SOCKET block-commit --top-n", "--top-node"),
+        ("nbdq ctl -s SOCKET block-commit --on-error en", "enospc"),
+    ],
+)
+def test_the_shell_completes_verbs_commands_options_and_names(ctl: Ctl, words: str, wanted: str) -> None:
+    words = words.replace("SOCKET", ctl.socket)
+    environment = {
+        "_NBDQ_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    program = "from nbdq.cli import main; main(prog_name='nbdq')"
+    process = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert f"plain,{wanted}" in process.stdout.splitlines(), process.stderr
+
+
+def test_completion_without_a_server_offers_nothing_and_says_nothing(tmp_path: Path) -> None:
+    environment = {"COMP_WORDS": f"nbdq ctl -s {tmp_path}/none commit d", "COMP_CWORD": "5"}
+    program = "from nbdq.cli import main; main(prog_name='nbdq')"
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "_NBDQ_COMPLETE": "bash_complete", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.stdout.strip(), process.stderr) == ("", "")
