@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.errors import OperationError
 from nbdq.ops.control import Cancelled, Control
 from nbdq.ops.stream import Stream
@@ -151,3 +152,29 @@ def test_nonsense_is_refused_in_words(tmp_path: Path) -> None:
             Stream(disk.chain, backing_file="x")
     with Served(image.top, read_only=True) as disk, pytest.raises(OperationError, match="read-only"):
         Stream(disk.chain)
+
+
+def test_the_rest_of_a_compressed_cluster_is_taken_over_when_the_guest_writes_a_part_of_it_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """With subclusters a cluster can be half the top's own, and then cannot be stored as it is."""
+    options = "cluster_size=64k,extended_l2=on"
+    image = _chain(tmp_path, Layer("1M", ("compress 0 1M",), options), Layer("1M", (), options))
+    with served(image) as disk:
+        expected = bytearray(disk.read())
+        device = disk.device
+        assert isinstance(device, OverlayDisk)
+        store = device.write_compressed
+
+        def write_compressed(offset: int, data: bytes, *, if_open: bool) -> bool:
+            device.write(offset + 2048, memoryview(b"x" * 2048))
+            expected[offset + 2048 : offset + 4096] = b"x" * 2048
+            return store(offset, data, if_open=if_open)
+
+        device.write_compressed = write_compressed  # type: ignore[method-assign]
+        disk.carry_out(Stream(disk.chain))
+        assert disk.read() == expected
+    assert expected.count(b"x" * 2048) == 16
+    image.paths[0].unlink()
+    assert qemu_reads(image.top) == expected
+    check(image.top)
