@@ -11,7 +11,7 @@ had begun before is waited for, then the disk is read. A request that begins lat
 import threading
 from collections.abc import Callable, Collection
 
-from nbdq.chain.bitmaps import bitmaps_of
+from nbdq.chain.bitmaps import bitmaps_of, carry_over_bitmaps
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer
@@ -82,6 +82,7 @@ class ActiveCommit:
         self._transfer: Transfer | None = None
         self._image: WritableImage | None = None
         self._dirty: DirtyBits | None = None
+        self._device = chain.device
         self._layers: list[ResolvedLayer] = []
         """What the disk consisted of before the pivot."""
         self._out: list[ResolvedLayer] = []
@@ -129,9 +130,12 @@ class ActiveCommit:
         device = chain.device
         assert isinstance(device, OverlayDisk), "a raw disk lies over nothing"
         base = [layer.storage for layer in chain.layers].index(self._base)
-        self._writer = WrittenLayer(chain, base, size=device.size)
-        self._image = device.top
-        self._dirty = bitmaps_of(self._image).track(_granularity_bits(device.size))
+        if self._writer is None:
+            self._writer = WrittenLayer(chain, base, size=device.size)
+        if self._dirty is None:
+            self._image = device.top
+            self._dirty = bitmaps_of(self._image).track(_granularity_bits(device.size))
+        assert self._image is not None
         self._image.barrier()  # now nobody is left who does not mark
         transfer = Transfer(device, base, self._writer.disk, workers=self._workers)
         control.expect(transfer.measure())
@@ -172,6 +176,7 @@ class ActiveCommit:
         move_mark(disk, None)
         layers = chain.layers
         base = [layer.storage for layer in layers].index(self._base)
+        self._device = chain.device
         self._out = chain.rearrange(layers[base:], top=disk)
         self._layers = layers
 
@@ -190,6 +195,9 @@ class ActiveCommit:
         """Let the old top be the active layer again; nothing has been written since the pivot."""
         self._chain.rearrange(self._layers)
         self._out = []
+        carry_over_bitmaps(self._device, self._chain.device)
+        assert isinstance(self._chain.device, OverlayDisk), "it was one before"
+        self._image = self._chain.device.top
 
     def finish(self) -> None:
         """Close the layers that have dropped out; their files stay as they are."""
