@@ -142,8 +142,9 @@ class _Run:
         for name, values in restarted.values.items():
             findings = [compare(values, allowed) for allowed in recording.allowed(name, cut)]
             if None not in findings:
-                assert findings[-1] is not None
-                return Finding(findings[-1].fault, f"disk {name}: {findings[-1].text}")
+                texts = "; or else: ".join(finding.text for finding in findings if finding is not None)
+                assert findings[0] is not None
+                return Finding(findings[0].fault, f"disk {name}: {texts}")
             tops = recording.tops(name, cut)
             if tops and restarted.tops[name] not in tops:
                 return Finding(Fault.LOST, f"disk {name}: the top is {restarted.tops[name]}, not {tops[0]}")

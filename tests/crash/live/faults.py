@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -73,9 +73,10 @@ class FaultyCalls(FaultyFiles):
 class Sweep:
     """All faults of one kind in one scenario."""
 
-    scenario: Scenario
+    prepared: Prepared
     fault: Fault
     directory: Path
+    """Existing, and empty."""
     points: int = 0
     reported: int = 0
     """Points after which the operation said that it failed."""
@@ -83,17 +84,14 @@ class Sweep:
 
     def run(self, *, stride: int = 1, first: int = 1) -> None:
         """Let call number ``first``, ``first`` + ``stride``, … fail, up to the first run without a fault."""
-        home = self.directory / "prepared"
-        home.mkdir()
-        prepared = prepare(self.scenario, home)
         at = first
         with on_one_thread(), small_pieces():
-            while self._survives(prepared, at):
+            while self._survives(at):
                 self.points += 1
                 at += stride
 
-    def _survives(self, prepared: Prepared, at: int) -> bool:
-        live = prepared.copy_to(self.directory / "live")
+    def _survives(self, at: int) -> bool:
+        live = self.prepared.copy_to(self.directory / "live")
         files = FaultyCalls(self.fault, at)
         run = _Run(live, files)
         try:
@@ -101,7 +99,7 @@ class Sweep:
         except Exception:
             finding = traceback.format_exc()
         if finding is not None:
-            self.findings.append(f"{self.scenario}, {self.fault.value} at call {at} ({files.met}): {finding}")
+            self.findings.append(f"{self.prepared.scenario}, {self.fault.value} at call {at} ({files.met}): {finding}")
         self.reported += run.error is not None
         shutil.rmtree(live.directory)
         return bool(files.met)
@@ -221,6 +219,15 @@ def replace_history(epoch: Epoch, values: Any) -> Any:
     return type(history)(history._recorder, values, first_number=history._next + 100)
 
 
+def swept(scenario: Scenario, fault: Fault, directory: Path, *, stride: int, first: int) -> Sweep:
+    """The sweep of a scenario, done, in the existing and empty ``directory``."""
+    home = directory / "prepared"
+    home.mkdir()
+    sweep = Sweep(prepare(scenario, home), fault, directory)
+    sweep.run(stride=stride, first=first)
+    return sweep
+
+
 @click.command(help=__doc__)
 @click.option("--scenario", type=click.Choice([scenario.name for scenario in SCENARIOS]), help="Only this one.")
 @click.option("--stride", default=1, show_default=True, help="Of the calls, how many fail: every so manieth.")
@@ -231,8 +238,7 @@ def main(scenario: str | None, stride: int, first: int) -> None:
     for each in [by_name()[scenario]] if scenario else SCENARIOS:
         for fault in FAULTS:
             with scratch() as directory:
-                sweep = Sweep(each, fault, directory)
-                sweep.run(stride=stride, first=first)
+                sweep = swept(each, fault, directory, stride=stride, first=first)
             points, found = points + sweep.points, found + len(sweep.findings)
             click.echo(f"{each}, {fault.value}: {sweep.points} points, {sweep.reported} reported")
             for finding in sweep.findings[:3]:

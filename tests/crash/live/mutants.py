@@ -82,22 +82,17 @@ def _recorded_one_by_one() -> AbstractContextManager[Any]:
     return patch.object(transaction, "_record", record)
 
 
-@contextmanager
-def _recorded_before_pivot() -> Iterator[None]:
-    """The end of a job is written down before the disk is changed."""
-    original = Job._pivot
+def _recorded_before_copy() -> AbstractContextManager[Any]:
+    """What a job will make of the disk is written down when it begins."""
+    original = Job._run
 
-    async def pivot(job: Job) -> None:
-        record = job._record_end
-        volume = job.request.volume
+    async def run(job: Job) -> None:
+        base = job.request.volume.chain.layers[-1]
         with job._state.transaction() as changes:
-            changes.set_top(volume.name, volume.chain.layers[-1].path, volume.chain.layers[-1].format)
-            changes.remove_job(volume.name, job.id)
-        assert record
+            changes.set_top(job.request.volume.name, base.path, base.format)
         await original(job)
 
-    with patch.object(Job, "_pivot", pivot):
-        yield
+    return patch.object(Job, "_run", run)
 
 
 @contextmanager
@@ -139,6 +134,7 @@ def _gone_before_size() -> Iterator[None]:
     def shrink(disk: OverlayDisk, size: int) -> None:
         zeroing: Zeroing = disk._zeroing
         zeroing.abandon(-(-size // disk.top.cluster_size) * disk.top.cluster_size)
+        disk.flush()
         original(disk, size)
 
     with patch.object(OverlayDisk, "shrink", shrink):
@@ -160,7 +156,7 @@ def _not_held() -> AbstractContextManager[Any]:
 
 
 def _not_sealed() -> AbstractContextManager[Any]:
-    return _deaf(OverlayDisk, "finish", ("nbdq.chain.live", ["_seal"]))()
+    return _deaf(OverlayDisk, "finish", ("nbdq.chain.sealing", ["seal"]))()
 
 
 _SYNC = FileStorage, "sync"
@@ -219,8 +215,8 @@ MUTANTS: dict[str, Mutant] = {
         _deaf(*_FLUSH, ("nbdq.ops.active_commit", ["run", "pivot"]), ("nbdq.chain.live", ["flush"])),
         "an active commit",
     ),
-    "recorded before the pivot": Mutant(
-        "the base is recorded as the top when it has everything (R-60)", _recorded_before_pivot, "an active commit"
+    "recorded before the copy": Mutant(
+        "the base is recorded as the top when it has everything (R-60)", _recorded_before_copy, "an active commit"
     ),
     "stream not flushed": Mutant(
         "what a layer took over is durable before it lies over something else",

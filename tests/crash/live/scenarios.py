@@ -90,6 +90,7 @@ def _resize(*sizes: int) -> Operate:
             if size < volume.chain.device.size:
                 values = read_stamps(stage.server.read("disk"))[: size // SECTOR]
                 with stage.becoming("disk", stage.scenario.padded(values)):
+                    await volume.flush()  # so that nothing else can be as old as before
                     await volume.resize(size, shrink=True)
             else:
                 await volume.resize(size)
@@ -199,7 +200,13 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("a snapshot of a raw disk", {"disk": (Layer(format="raw"),)}, _snapshot),
     Scenario("a snapshot of an image with a bitmap", {"disk": (Layer(bitmap=True),)}, _snapshot),
     Scenario("two snapshots", {"disk": (_TOP,)}, _two_snapshots),
-    Scenario("a transaction of two disks", {"disk": (_BASE, _TOP), "other": (_BASE,)}, _transaction, together=True),
+    Scenario(
+        "a transaction of two disks",
+        {"disk": (_BASE, _TOP), "other": (_BASE,)},
+        _transaction,
+        together=True,
+        requests=3,
+    ),
     Scenario(
         "a transaction of two disks without a state file",
         {"disk": (_BASE, _TOP), "other": (_BASE,)},

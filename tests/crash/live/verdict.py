@@ -44,6 +44,8 @@ class Restarted:
     values: dict[str, Values]
     """What the disks hold."""
     tops: dict[str, str]
+    formats: dict[str, str]
+    """Of the tops."""
     layers: dict[str, int]
     """How many."""
 
@@ -85,9 +87,10 @@ class Bench:
                 chains = {name: volume.chain for name, volume in server.volumes.items()}
                 values = {name: scenario.padded(read_stamps(server.read(name))) for name in chains}
                 tops = {name: Path(chain.path).name for name, chain in chains.items()}
+                formats = {name: str(chain.layers[0].format) for name, chain in chains.items()}
                 layers = {name: len(chain.layers) for name, chain in chains.items()}
                 server.clean_up()
-                return self._strays(server) or Restarted(values, tops, layers)
+                return self._strays(server) or Restarted(values, tops, formats, layers)
             finally:
                 server.kill()
         except (NbdqError, OSError) as error:
@@ -163,7 +166,7 @@ class Bench:
         self.put(contents)
         for disk in self._scenario.disks:
             top = self._directory / restarted.tops[disk.name]
-            format = disk.format if top.name == disk.image else "qcow2"
+            format = restarted.formats[disk.name]
             done = execute("qemu-img", "info", "-f", format, "--backing-chain", "--output=json", top, cwd=top.parent)
             if done.returncode:
                 return Finding(Fault.CORRUPT, f"qemu-img info: {done.stderr}")
