@@ -87,7 +87,7 @@ class CompressedWrites:
         host = image.packing
         first, inside = host >> self._bits, host & self._cluster_size - 1
         left = self._cluster_size - inside
-        can_share = inside != 0 and image.refcounts.get(first) < image.refcounts.maximum
+        can_share = inside != 0 and 0 < image.refcounts.get(first) < image.refcounts.maximum
         if can_share and length <= left:
             touched = Run(first, 1)
             image.refcounts.raise_counts(np.array([first], dtype=np.uint64))
