@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nbdq.admin": {
         *("nbdq", "nbdq.server", "nbdq.ops", "nbdq.chain", "nbdq.qcow2"),
         *("nbdq.block", "nbdq.storage", "nbdq.errors"),
+        "nbdq.nbd.constants",  # names of metadata contexts, to tell backup programs
     },
     "nbdq.server": {"nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.ops": {"nbdq.chain", "nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
@@ -94,7 +95,14 @@ RESERVED: dict[str, set[str]] = {
     # Who deals with files deals with paths; nobody else does. A server owns the files of its sockets.
     "os": {
         *("nbdq.storage", "nbdq.locks", "nbdq.chain.resolve", "nbdq.chain.policy", "nbdq.chain.create"),
-        *("nbdq.chain.marker", "nbdq.ops.preflight", "nbdq.ops.snapshot", "nbdq.ops.repoint", *SHELL),
+        *(
+            "nbdq.chain.marker",
+            "nbdq.ops.preflight",
+            "nbdq.ops.snapshot",
+            "nbdq.ops.repoint",
+            "nbdq.ops.merge_back",
+            *SHELL,
+        ),
     },
     "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", "nbdq.ops.preflight", *SHELL},
     "io": {"nbdq.cli"},
