@@ -1,8 +1,8 @@
 """All jobs, and who may restructure which layers.
 
-Two operations that change the structure of one chain exclude each other, as far as they touch the same layers: the
-second is refused with the name of the first. That is what :meth:`Jobs.exclusive` is for, which short commands use
-too. Loop thread only.
+Two operations that change the structure of one chain exclude each other, and whoever looks at layers excludes those
+that change these: the second is refused with the name of the first. That is what :meth:`Jobs.exclusive` is for, which
+short commands use too. Loop thread only.
 """
 
 import asyncio
@@ -31,13 +31,19 @@ class _Claim:
     volume: Volume
     layers: frozenset[str] | None
     """Paths; None for the whole disk."""
+    shared: bool
+    """Whether the layers are only looked at."""
     holder: str
     """In words."""
 
-    def conflicts(self, volume: Volume, layers: frozenset[str] | None) -> bool:
-        if self.volume is not volume:
+    def conflicts(self, other: "_Claim") -> bool:
+        if self.volume is not other.volume or (self.shared and other.shared):
             return False
-        return self.layers is None or layers is None or bool(self.layers & layers)
+        if self.layers is None or other.layers is None:
+            return True
+        if self.shared or other.shared:
+            return bool(self.layers & other.layers)
+        return bool(self.layers and other.layers)  # the chain of a disk is changed by one at a time
 
 
 class NotActive(NotFound):
@@ -91,27 +97,33 @@ class Jobs:
         raise OperationError(f"Job ID '{printable(job_id)}' already in use")
 
     @contextmanager
-    def exclusive(self, volume: Volume, what: str, layers: frozenset[str] | None = None) -> Iterator[None]:
-        """Nobody else restructures these layers (paths; None: the whole disk) inside the block; ``what`` says who does.
+    def exclusive(
+        self, volume: Volume, what: str, layers: frozenset[str] | None = None, *, shared: bool = False
+    ) -> Iterator[None]:
+        """Inside the block nobody else restructures the disk; ``what`` says who does.
+
+        Args:
+            layers: paths of the layers that take part; empty: only the top as such, which jobs do not mind; None: all.
+            shared: they are only looked at, and must not change meanwhile; what happens to others does not matter.
 
         Raises:
             OperationError: somebody does; the text names the job.
         """
-        claim = self._claim(volume, what, layers)
+        claim = self._claim(volume, what, layers, shared=shared)
         try:
             yield
         finally:
             self._claims.remove(claim)
 
-    def _claim(self, volume: Volume, what: str, layers: frozenset[str] | None) -> _Claim:
+    def _claim(self, volume: Volume, what: str, layers: frozenset[str] | None, *, shared: bool = False) -> _Claim:
+        wanted = _Claim(volume, layers, shared, what)
         for claim in self._claims:
-            if claim.conflicts(volume, layers):
+            if claim.conflicts(wanted):
                 raise OperationError(
                     f"disk '{printable(volume.name)}' is in use by {claim.holder}; wait until it ends, or cancel it"
                 )
-        claim = _Claim(volume, layers, what)
-        self._claims.append(claim)
-        return claim
+        self._claims.append(wanted)
+        return wanted
 
     async def start(self, request: JobRequest, make: Callable[[], Operation]) -> Job:
         """Start what ``make`` returns (called in a thread, once the layers are ours); the job is recorded on return.

@@ -75,6 +75,11 @@ class Monitor:
             for client in list(self._clients):
                 client.tell(line)
 
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait for clients to take them."""
+        return sum(client.backlog for client in self._clients)
+
     async def stop(self) -> None:
         """Let nobody in, carry out what has begun, and say good-bye. On return no command is in progress."""
         self._listener.close()
@@ -116,9 +121,12 @@ class _Client:
         self._context = context
         self._on_close = on_close
         self._negotiated = False
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[tuple[bytes, int]] = deque()
+        """Lines to be sent, each with the bytes of it that count as events."""
         self._waiting_bytes = 0
+        self._event_bytes = 0
         self._writable = asyncio.Event()
+        self._taken = asyncio.Event()
         self._receiving: asyncio.Future[bytes] | None = None
         self._leaving = False
 
@@ -128,10 +136,22 @@ class _Client:
         self._writer = loop.create_task(self._write())
         self._reader = loop.create_task(self._read())
 
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait for it to take them."""
+        return self._waiting_bytes
+
     def tell(self, event: bytes) -> None:
         """Send an event, if it wants any."""
-        if self._negotiated:
-            self._send(event)
+        if not self._negotiated or self._leaving:
+            return
+        self._event_bytes += len(event)
+        if self._event_bytes > _BACKLOG_MAX:
+            _log.warning("admin: %s does not read what it is sent; cut off", self._context.peer)
+            self._leave()
+            self._writer.cancel()
+            return
+        self._send(event, is_event=True)
 
     async def stop(self) -> None:
         """Finish the command in hand, send what is waiting for as long as it is being read, and close."""
@@ -140,6 +160,7 @@ class _Client:
 
     def _leave(self) -> None:
         self._leaving = True
+        self._taken.set()
         if self._receiving is not None:
             self._receiving.cancel()
 
@@ -156,7 +177,7 @@ class _Client:
                     allowance -= 1
                     if self._leaving:
                         break
-                    self._send(await self._answer(request))
+                    await self._reply(await self._answer(request))
         except wire.TooLarge as error:
             self._send(wire.error(wire.GENERIC_ERROR, str(error), {}))
             _log.warning("admin: %s: %s", self._context.peer, error)
@@ -212,25 +233,28 @@ class _Client:
         self._negotiated = self._negotiated or negotiates
         return wire.answer(value, request.tag)
 
-    def _send(self, line: bytes) -> None:
-        if self._waiting_bytes > _BACKLOG_MAX:
-            if not self._leaving:
-                _log.warning("admin: %s does not read what it is sent; cut off", self._context.peer)
-                self._leave()
-                self._writer.cancel()
-            return
-        self._waiting.append(line)
+    def _send(self, line: bytes, *, is_event: bool = False) -> None:
+        self._waiting.append((line, len(line) * is_event))
         self._waiting_bytes += len(line)
         self._writable.set()
+
+    async def _reply(self, line: bytes) -> None:
+        """Send an answer, and wait until the client has taken most of what it was sent: only then does it get more."""
+        self._send(line)
+        while self._waiting_bytes > _BACKLOG_MAX and not self._leaving:
+            self._taken.clear()
+            await self._taken.wait()
 
     async def _write(self) -> None:
         try:
             while True:
                 await self._writable.wait()
                 while self._waiting:
-                    line = self._waiting.popleft()
+                    line, event_bytes = self._waiting.popleft()
                     await self._loop.sock_sendall(self._socket, line)
                     self._waiting_bytes -= len(line)
+                    self._event_bytes -= event_bytes
+                    self._taken.set()
                 self._writable.clear()
                 if self._leaving:
                     return

@@ -61,11 +61,11 @@ class Administration:
         """
         self._volumes = Volumes(volumes)
         exports.on_deleted = lambda export: self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
-        self._jobs = Jobs(self._state, self._emit)
+        self.jobs = Jobs(self._state, self._emit)
         self._context = Context(
             volumes=self._volumes,
             exports=exports,
-            jobs=self._jobs,
+            jobs=self.jobs,
             state=self._state,
             policies=self._policies,
             checkpoints=Checkpoints(),
@@ -73,21 +73,29 @@ class Administration:
             quit=quit,
             peer=Peer(os.getpid(), os.geteuid(), os.getegid()),
         )
-        self._monitor: Monitor | None = None
+        self.monitor: Monitor | None = None
+        try:
+            await self._recover()
+        except BaseException:
+            await self.jobs.stop()
+            raise
+        if self._listener is not None:
+            self.monitor = Monitor(self._listener, self._context_of, self._access)
+            self.monitor.start()
+
+    async def _recover(self) -> None:
+        """Put away what a former server left behind, and go on with what it had begun."""
         used = {os.path.realpath(layer.path) for volume in self._volumes for layer in volume.chain.layers}
         for volume in self._volumes:
             await in_thread(remove_pending_overlays, self._state, volume.name, used)
             for job in self._state.disk(volume.name).jobs:
                 await self._start_again(volume, job)
-        if self._listener is not None:
-            self._monitor = Monitor(self._listener, self._context_of, self._access)
-            self._monitor.start()
 
     async def stop(self) -> None:
         """Let administrators go, stop jobs; those that persist go on with the next server. No thread is left."""
-        if self._monitor is not None:
-            await self._monitor.stop()
-        await self._jobs.stop()
+        if self.monitor is not None:
+            await self.monitor.stop()
+        await self.jobs.stop()
 
     def close(self) -> None:
         """Close the socket; for a server that could not start."""
@@ -98,8 +106,8 @@ class Administration:
         return replace(self._context, peer=peer)
 
     def _emit(self, event: str, data: dict[str, object]) -> None:
-        if self._monitor is not None:
-            self._monitor.emit(event, data)
+        if self.monitor is not None:
+            self.monitor.emit(event, data)
 
     async def _start_again(self, volume: Volume, job: JobRecord) -> None:
         """A job that cannot be started again is over, whatever it had done; the disk is whole in any case."""

@@ -4,12 +4,12 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from nbdq.admin.client import Client
 from nbdq.admin.context import Context
@@ -25,6 +25,7 @@ from nbdq.server.export import Exports
 from nbdq.server.listener import listen_unix
 
 PATIENCE = 20
+_Result = TypeVar("_Result")
 
 
 class PaperVolume:
@@ -144,6 +145,7 @@ class AdminServer:
     def __enter__(self) -> "AdminServer":
         COMMANDS["x-test-job"] = Command("x-test-job", StartJob, self._start_job, True)
         COMMANDS["x-test-events"] = Command("x-test-events", Burst, _burst, True)
+        COMMANDS["x-test-answer"] = Command("x-test-answer", Burst, _answer, False)
         COMMANDS["x-test-bug"] = Command("x-test-bug", Burst, _bug, True)
         self._thread.start()
         assert self._ready.wait(PATIENCE)
@@ -153,11 +155,15 @@ class AdminServer:
         self.quit()
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the server does not stop"
-        for name in ("x-test-job", "x-test-events", "x-test-bug"):
+        for name in ("x-test-job", "x-test-events", "x-test-answer", "x-test-bug"):
             del COMMANDS[name]
 
     def quit(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
+
+    def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """What a coroutine returns on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     def client(self) -> Client:
         return Client(self.path, timeout=PATIENCE)
@@ -221,6 +227,10 @@ async def _burst(context: Context, arguments: Burst) -> Reply:
         if number % 1000 == 999:
             await asyncio.sleep(0)
     return None
+
+
+async def _answer(context: Context, arguments: Burst) -> Reply:
+    return ["x" * arguments.length]
 
 
 async def _bug(context: Context, arguments: Burst) -> Reply:

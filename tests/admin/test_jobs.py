@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nbdq.admin.client import AdminError, Client
+from nbdq.errors import OperationError
 from tests.admin.laboratory import AdminServer
 
 Event = dict[str, Any]
@@ -204,17 +205,37 @@ def test_asking_twice_for_a_job_is_answered_twice_and_another_of_its_name_is_ref
             _start(client, job_id="a b")
 
 
-def test_two_jobs_do_not_touch_the_same_layers_and_the_second_is_told_of_the_first(server: AdminServer) -> None:
+def test_one_job_at_a_time_restructures_a_disk_and_the_second_is_told_of_the_first(server: AdminServer) -> None:
     with server.client() as client:
         _start(client, layers=["b", "c"])
-        for layers in (["a", "b"], None):
+        for layers in (["a", "b"], ["a"], None):
             with pytest.raises(AdminError, match=r"in use by job 'j' \(commit\)"):
                 _start(client, job_id="k", layers=layers)
-        _start(client, job_id="k", layers=["a"])
         _start(client, job_id="l", device="other")
         _work(server)
         _until(client, GONE)
         _start(client, job_id="m", layers=["b", "c"])
+
+
+def test_who_looks_at_layers_is_in_the_way_of_those_who_change_these_alone(server: AdminServer) -> None:
+    async def look(layers: frozenset[str] | None, *, shared: bool) -> bool:
+        try:
+            with server.administration.jobs.exclusive(volume, "a look", layers, shared=shared):
+                return True
+        except OperationError:
+            return False
+
+    def can(layers: set[str] | None, *, shared: bool) -> bool:
+        return server.run(look(None if layers is None else frozenset(layers), shared=shared))
+
+    volume: Any = server.volumes[0]
+    with server.client() as client:
+        _start(client, layers=["b", "c"])
+        assert can({"a"}, shared=True)
+        assert can(set(), shared=False)
+        assert not can({"b"}, shared=True)
+        assert not can({"a"}, shared=False)
+        assert not can(None, shared=True)
 
 
 def test_a_job_survives_the_client_that_started_it(server: AdminServer) -> None:

@@ -151,6 +151,22 @@ def test_a_client_that_never_reads_loses_only_itself(server: AdminServer) -> Non
         assert received < 20 * 10 << 16
 
 
+def test_a_client_that_asks_and_does_not_read_is_not_answered_without_end(server: AdminServer) -> None:
+    with _negotiated(server) as deaf, server.client() as other:
+        _lines(deaf, 2)
+        deaf.setblocking(False)
+        asked = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                asked += deaf.send(b'{"execute": "x-test-answer", "arguments": {"length": 1000000}}')
+        other.call("x-test-events", {"count": 10})
+        assert server.administration.monitor.backlog < 8 << 20
+        deaf.setblocking(True)
+        file = deaf.makefile("rb")
+        assert sum(b"event" in file.readline() for _ in range(40)) == 10  # behind the answers that were on their way
+        assert other.call("query-name") == {}
+
+
 def test_a_burst_of_events_within_one_command_reaches_who_asked_for_it(server: AdminServer) -> None:
     with server.client() as client:
         client.call("x-test-events", {"count": 2000})

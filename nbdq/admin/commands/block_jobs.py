@@ -4,7 +4,7 @@ Layers are named by their paths, or by node names that they were given. Only nbd
 refused under other overlays, into templates, and where exports show what would change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from nbdq.admin.context import Context
 from nbdq.admin.job import JobRequest, OnError
 from nbdq.admin.registry import Reply, command
 from nbdq.chain.live import LiveChain
+from nbdq.chain.resolve import ResolvedLayer
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.active_commit import ActiveCommit
 from nbdq.ops.commit import Commit, check_range
@@ -40,8 +41,17 @@ class JobOptions:
     def id(self) -> str:
         return self.device if self.job_id is None else self.job_id
 
-    def request(self, name: str, kind: str, volume: Volume, *, persistent: bool, paths: dict[str, str]) -> JobRequest:
-        """The job that the command ``name`` starts, of QEMU's type ``kind``.
+    def request(
+        self,
+        name: str,
+        kind: str,
+        volume: Volume,
+        *,
+        persistent: bool,
+        paths: dict[str, str],
+        layers: Iterable[ResolvedLayer] | None = None,
+    ) -> JobRequest:
+        """The job that the command ``name`` starts, of QEMU's type ``kind``, and that changes ``layers``; None: all.
 
         Raises:
             OperationError: an option is impossible.
@@ -58,6 +68,7 @@ class JobOptions:
             command=name,
             arguments=asdict(self),
             paths=paths,
+            layers=None if layers is None else frozenset(layer.path for layer in layers),
             speed=self.speed,
             on_error=on_error,
             auto_finalize=self.auto_finalize,
@@ -121,7 +132,9 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
 
     if arguments.x_nbdq_dry_run:
         return await context.in_thread(_foresee_commit, chain, top, base, arguments.x_nbdq_directories)
-    await context.jobs.start(arguments.request("block-commit", "commit", volume, persistent=True, paths=paths), make)
+    changed = layers[max(0, top - 1) : base + 1]
+    request = arguments.request("block-commit", "commit", volume, persistent=True, paths=paths, layers=changed)
+    await context.jobs.start(request, make)
     return None
 
 
@@ -179,7 +192,9 @@ async def stream(context: Context, arguments: StreamArguments) -> Reply:
         below = chain.index_of(paths["base"]) if "base" in paths else None
         return Stream(chain, index=chain.index_of(paths["layer"]), base=below, backing_file=arguments.backing_file)
 
-    await context.jobs.start(arguments.request("block-stream", "stream", volume, persistent=True, paths=paths), make)
+    changed = chain.layers[index:base]
+    request = arguments.request("block-stream", "stream", volume, persistent=True, paths=paths, layers=changed)
+    await context.jobs.start(request, make)
     return None
 
 

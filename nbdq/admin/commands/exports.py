@@ -82,8 +82,8 @@ async def add(context: Context, arguments: ExportAdd) -> Reply:
     if view.layer is None:
         await volume.add(wish)
         return None
-    layers = volume.chain.layers[volume.chain.index_of(view.layer) :]
-    with context.jobs.exclusive(volume, "an export that begins", frozenset(layer.path for layer in layers)):
+    layers = frozenset(layer.path for layer in volume.chain.layers[volume.chain.index_of(view.layer) :])
+    with context.jobs.exclusive(volume, "an export that begins", layers, shared=True):
         await volume.add(wish)
     return None
 

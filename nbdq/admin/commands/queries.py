@@ -216,7 +216,7 @@ async def check(context: Context, arguments: CheckRequest) -> Reply:
     if index > 0 or chain.read_only:
         if fix:
             raise OperationError(f"{printable(chain.layers[index].path, 1024)} is only read; nothing is mended")
-        with context.jobs.exclusive(volume, "a check", frozenset({chain.layers[index].path})):
+        with context.jobs.exclusive(volume, "a check", frozenset({chain.layers[index].path}), shared=True):
             async with volume.steady():
                 return await in_thread(_check_lower, chain, index)
     with context.jobs.exclusive(volume, "a check"):
