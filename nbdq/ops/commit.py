@@ -115,10 +115,12 @@ class Commit:
 
     def _begin(self, control: Control) -> Transfer:
         chain = self._chain
+        self._repoint.check()
         storages = [layer.storage for layer in chain.layers]
         top, base = storages.index(self._top), storages.index(self._base)
         source = chain.slice(top, base)
-        self._writer = WrittenLayer(chain, base, size=source.size)
+        if self._writer is None:
+            self._writer = WrittenLayer(chain, base, size=source.size)
         target = self._writer.disk
         # What is behind the end of the layers that go was hidden by that end (S1).
         if source.size < min(self._visible, target.size):

@@ -34,6 +34,7 @@ class Filling(ABC):
         self._storage = layers[index].storage
         self._written: WrittenLayer | None = None
         self._repoint: Repoint | None = None
+        self._begun = False
         self._position = 0
 
     @property
@@ -64,11 +65,11 @@ class Filling(ABC):
             self._repoint = self._plan()
         if self._written is None:
             self._written = WrittenLayer(self._chain, self._index)
-            disk = self._written.disk
-            assert isinstance(disk, OverlayDisk)
-            self._begin(disk, control)
         disk = self._written.disk
         assert isinstance(disk, OverlayDisk)
+        if not self._begun:
+            self._begin(disk, control)
+            self._begun = True
         for position in self._fill(disk, self._position, control):
             self._position = position
         disk.flush()

@@ -77,14 +77,19 @@ class Rebase(Filling):
         self._buffers = new_buffer(_PIECE), new_buffer(_PIECE)
 
     def _plan(self) -> Repoint:
-        layers = self._chain.resolve(self._path, format=self._format)
+        resolved = self._chain.resolve(self._path, format=self._format)
         try:
-            self._refuse_loop(layers)
+            self._refuse_loop(resolved)
+            # No file of a disk is open twice: the layers of the present chain take part as they are.
+            present = {(layer.storage.identity, layer.format): layer for layer in self._chain.layers}
+            layers = [present.get((layer.storage.identity, layer.format), layer) for layer in resolved]
             self._new = ChainDisk([read_only_layer(layer) for layer in layers], clusters=self._chain.clusters)
-            return Repoint(self._chain, self._index, layers, name=self._name, format=self._format)
+            repoint = Repoint(self._chain, self._index, layers, name=self._name, format=self._format)
         except BaseException:
-            self._chain.drop(layers)
+            self._chain.drop(resolved)
             raise
+        self._chain.drop([layer for layer in resolved if layer not in layers])
+        return repoint
 
     def _refuse_loop(self, layers: list[ResolvedLayer]) -> None:
         above = {layer.storage.identity for layer in self._chain.layers[: self._index + 1]}

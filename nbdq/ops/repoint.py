@@ -54,6 +54,18 @@ class Repoint:
         """Where the layer is now: others may have come in front of it."""
         return [layer.storage for layer in self._chain.layers].index(self._layer)
 
+    def check(self) -> None:
+        """Find out whether the layer's header can be changed, before anybody works for that in vain.
+
+        Raises:
+            ImageLocked: somebody else reads the layer.
+            ImageError: it cannot be opened for writing.
+        """
+        if index := self._index:  # the active one is open for writing
+            layer = self._chain.layers[index]
+            self._chain.claims.begin_writing(layer)
+            self._chain.claims.end_writing(layer)
+
     def do(self) -> None:
         """Change header and disk.
 

@@ -1,8 +1,9 @@
 """A layer of a running disk that an operation writes to, beside the guest."""
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from nbdq.chain.live import LiveChain, LowerLayer, WritableDisk
+from nbdq.chain.overlay import OverlayDisk
 
 
 class WrittenLayer:
@@ -17,9 +18,12 @@ class WrittenLayer:
         """
         self._chain = chain
         self._lower: LowerLayer | None = None
+        self._held = ExitStack()
         if index:
             self._lower = chain.begin_writing(index)
             self.disk: WritableDisk = self._lower.disk
+            if isinstance(self.disk, OverlayDisk):
+                self._held.enter_context(self.disk.top.hold())
         else:
             device = chain.device
             assert not chain.read_only
@@ -40,6 +44,10 @@ class WrittenLayer:
         Raises:
             OSError: what was written last may not be durable.
         """
+        self._held.close()
+        self._release()
+
+    def _release(self) -> None:
         if self._lower is not None:
             self._lower.release()
 
@@ -52,5 +60,9 @@ class WrittenLayer:
         try:
             if self._lower is not None:
                 self._chain.rearrange(self._chain.layers)  # the running disk forgets the places that become free now
-        finally:
-            self.release()
+        except BaseException:
+            # It could not: so they do not become free, and leak. We hold them for as long as anybody could free them.
+            with suppress(OSError):
+                self._release()
+            raise
+        self.release()
