@@ -65,7 +65,8 @@ class MergeBack:
         self._rotation = rotation
         self._succeeded = succeeded
         self._on_end = on_end
-        self._commit = ActiveCommit(chain, base=base)
+        # The image was written to until the checkpoint: who has another overlay on it was lost before.
+        self._commit = ActiveCommit(chain, base=base, force=True)
 
     def run(self, control: Control) -> None:
         """Commit, until little is left; see :class:`~nbdq.ops.active_commit.ActiveCommit`."""

@@ -20,9 +20,10 @@ from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import backing_path
-from nbdq.errors import OperationError, printable
+from nbdq.errors import ImageError, OperationError, printable
 from nbdq.ops.stretches import Content, Stretches
 from nbdq.qcow2.fields import MAGIC, MAX_BACKING_NAME
+from nbdq.qcow2.format import read_header
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.storage import FileStorage
 
@@ -140,7 +141,9 @@ def find_overlays(base_path: str, directories: Collection[str], *, known: Collec
             if identity in passed:
                 continue
             passed.add(identity)  # a second name of the same file
-            if base is not None and base in map(_identity, _backing_paths(path)):
+            if base is None or base not in map(_identity, _backing_paths(path)):
+                continue
+            if not _was_committed(path, base):
                 found.append(path)
     return sorted(found)
 
@@ -165,6 +168,16 @@ def _other_overlays(chain: LiveChain, *, top: int, base: int, directories: Colle
     paths = [layer.path for layer in chain.layers]
     changing = paths[top + 1 : base + 1]
     return sorted({found for path in changing for found in find_overlays(path, directories, known=paths)})
+
+
+def _was_committed(path: str, base: Identity) -> bool:
+    """Whether the image bears the mark of one that was committed into ``base``, and so is worth nothing any more."""
+    try:
+        with closing(FileStorage.open(path)) as storage:
+            mark = read_header(storage, describe=True).overlay_marker
+    except (ImageError, OSError):
+        return False
+    return mark is not None and _identity(backing_path(path, mark)) == base
 
 
 def _files_in(directory: str) -> Iterator[str]:
