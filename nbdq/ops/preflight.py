@@ -120,8 +120,9 @@ def find_overlays(base_path: str, directories: Collection[str], *, known: Collec
     """Images that have ``base_path`` as their backing file, but for those in ``known``: changing it would damage them.
 
     Looked at are the files and devices in ``directories`` and in the directory of ``base_path``, without their
-    subdirectories; of each no more than the backing name. What cannot be opened or is no QCOW2 image is passed over, an
-    image that could not be served (encrypted, of a feature that nbdq does not have) is not: it would be damaged, too.
+    subdirectories; of each no more than its header. What cannot be opened or is no QCOW2 image is passed over, and an
+    overlay whose mark says that it was committed into the base; an image that could not be served (encrypted, of a
+    feature that nbdq does not have) is not: it would be damaged, too.
 
     Raises:
         OperationError: so many files that looking at all of them would take long.
