@@ -25,7 +25,7 @@ from nbdq.qcow2.format import Header
 from nbdq.qcow2.snapshot_records import SnapshotRecord, SnapshotTable, pack_snapshot_table, read_snapshot_table
 from nbdq.qcow2.snapshots import MAX_SNAPSHOT_TABLE, Snapshot, check_snapshot, read_snapshots
 from nbdq.qcow2.writing.references import State, Tally, Words
-from nbdq.qcow2.writing.switch import Counts, Switch, reclaim, switching
+from nbdq.qcow2.writing.switch import Counts, Switch, enough_memory, metadata_of, reclaim, switching
 from nbdq.qcow2.writing.tables import OFFSET_ORDER, Table
 from nbdq.qcow2.writing.writable import WritableImage
 
@@ -83,9 +83,12 @@ def create_snapshot(
             changed then, unless the medium has failed for good.
     """
     _refuse_data_file(image)
-    raw_name = name.encode("utf-8", "surrogateescape")
+    try:
+        raw_name = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raw_name = b""
     if not 0 < len(raw_name) <= _MAX_NAME or b"\0" in raw_name:
-        raise OperationError(f"a snapshot's name has 1 to {_MAX_NAME} bytes, and no NUL")
+        raise OperationError(f"a snapshot's name has 1 to {_MAX_NAME} bytes of UTF-8, and no NUL")
 
     def change(switch: Switch) -> None:
         table = _snapshot_table(image)
@@ -100,7 +103,7 @@ def create_snapshot(
             vm_clock_ns=vm_clock_ns,
         )
         disk = _disk(image, switch)
-        named, flagged = _tally(disk, switch)
+        named, flagged = _tally(disk, switch.metadata)
         named.add(disk.clusters[~flagged])
         _check_counted(named.counts, switch)
         counts = _raised(image, switch.counts, named)
@@ -130,14 +133,20 @@ def delete_snapshot(image: WritableImage, snapshot: Snapshot) -> None:
         OperationError, OSError: as :func:`create_snapshot`.
     """
     _refuse_data_file(image)
+    _position(image, snapshot)
+    with enough_memory(image):  # what the snapshot holds does not change: it can be counted while others go on
+        with image.lock:
+            metadata = metadata_of(image)
+        past = _past(image, metadata, snapshot, snapshot.l1_size)
+        lost, _ = _tally(past, metadata)
+        lost.add(past.clusters)
 
     def change(switch: Switch) -> NDArray[np.uint64]:
         table = _snapshot_table(image)
         position = _position(image, snapshot)
-        past, disk = _past(image, switch, snapshot, snapshot.l1_size), _disk(image, switch)
-        lost, _ = _tally(past, switch)
-        lost.add(past.clusters)
-        named, _ = _tally(disk, switch)
+        disk = _disk(image, switch)
+        lost.extend(len(switch.counts))  # the file may have grown
+        named, _ = _tally(disk, switch.metadata)
         named.add(disk.clusters)
         _check_counted(named.counts + lost.counts, switch)
         counts = switch.counts - lost.counts.astype(switch.counts.dtype)
@@ -194,10 +203,10 @@ def apply_snapshot(image: WritableImage, snapshot: Snapshot) -> NDArray[np.uint6
         _position(image, snapshot)
         geometry = image.geometry
         l1_size = l1_entries(size, cluster_bits=geometry.cluster_bits, extended_l2=geometry.extended_l2)
-        disk, past = _disk(image, switch), _past(image, switch, snapshot, l1_size)
-        lost, _ = _tally(disk, switch)
+        disk, past = _disk(image, switch), _past(image, switch.metadata, snapshot, l1_size)
+        lost, _ = _tally(disk, switch.metadata)
         lost.add(disk.clusters)
-        named, flagged = _tally(past, switch)
+        named, flagged = _tally(past, switch.metadata)
         named.add(past.clusters[~flagged])
         _check_counted(named.counts + lost.counts, switch)
         counts = _raised(image, switch.counts - lost.counts.astype(switch.counts.dtype), named)
@@ -242,26 +251,26 @@ def _disk(image: WritableImage, switch: Switch) -> State:
     return State(image.storage, image.geometry, image.mapping.l1.values, file_clusters=len(switch.counts))
 
 
-def _past(image: WritableImage, switch: Switch, snapshot: Snapshot, l1_size: int) -> State:
-    """What the disk was, to the end of an L1 table of ``l1_size`` entries."""
+def _past(image: WritableImage, metadata: Flags, snapshot: Snapshot, l1_size: int) -> State:
+    """What the disk was, to the end of an L1 table of ``l1_size`` entries; ``metadata`` is by cluster of the file."""
     check_snapshot(image.storage, image.header, snapshot)
     data = image.storage.read(snapshot.l1_offset, snapshot.l1_size * 8)
     l1 = np.zeros(l1_size, dtype=np.uint64)
     entries = np.frombuffer(data, dtype=">u8")[:l1_size]
     l1[: len(entries)] = entries
-    return State(image.storage, image.geometry, l1, file_clusters=len(switch.counts))
+    return State(image.storage, image.geometry, l1, file_clusters=len(metadata))
 
 
-def _tally(state: State, switch: Switch) -> tuple[Tally, Flags]:
+def _tally(state: State, metadata: Flags) -> tuple[Tally, Flags]:
     """What the L2 tables of a state name, and which of them have COPIED anywhere.
 
     Raises:
         OSError: EIO if an entry is corrupt, or names metadata.
     """
-    tally, flagged = Tally(len(switch.counts)), np.zeros(len(state.indexes), dtype=np.bool_)
+    tally, flagged = Tally(len(metadata)), np.zeros(len(state.indexes), dtype=np.bool_)
     for part, words in state.tables():
         clusters = state.named(words)
-        if switch.metadata[clusters.astype(np.intp)].any():
+        if metadata[clusters.astype(np.intp)].any():
             raise state.corrupt("an L2 entry names a cluster of metadata")
         tally.add(clusters)
         flagged[part] = state.clear_flags(words)

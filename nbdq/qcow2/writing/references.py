@@ -44,6 +44,10 @@ class Tally:
             if self.counts[piece].max() >= _PIECE:
                 raise OSError(errno.EIO, "tables name a cluster ten thousands of times; see nbdq check")
 
+    def extend(self, cluster_count: int) -> None:
+        """Let there be counters for so many clusters, at least as many as now."""
+        self.counts = np.pad(self.counts, (0, cluster_count - len(self.counts)))
+
 
 class State:
     """The tables of one state of an image, as they are in its file."""

@@ -8,7 +8,8 @@ refcounts first, as QEMU does, leaves in between flags that claim one reference 
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,6 +24,14 @@ Counts = NDArray[np.unsignedinteger]
 _Result = TypeVar("_Result")
 
 
+def metadata_of(image: WritableImage) -> NDArray[np.bool_]:
+    """Which clusters of the file hold metadata, by number; under the lock."""
+    found = np.zeros(-(-image.storage.size() // image.cluster_size), dtype=np.bool_)
+    clusters = image.protected.clusters()
+    found[clusters[clusters < len(found)].astype(np.intp)] = True
+    return found
+
+
 class Switch:
     """One change, being prepared and then made; under the lock of an image that is as it is in its file."""
 
@@ -35,12 +44,10 @@ class Switch:
         self._image = image
         self.path = image.path
         self.cluster_size = image.cluster_size
-        self.counts = image.refcounts.counts(-(-image.storage.size() // image.cluster_size))
-        """Refcounts by cluster number, to the end of the file."""
-        self.metadata = np.zeros(len(self.counts), dtype=np.bool_)
-        """Which of them are metadata."""
-        metadata = image.protected.clusters()
-        self.metadata[metadata[metadata < len(self.counts)].astype(np.intp)] = True
+        self.metadata = metadata_of(image)
+        """Which clusters of the file are metadata."""
+        self.counts = image.refcounts.counts(len(self.metadata))
+        """The refcounts of the same clusters."""
         self._runs: list[Run] = []
         self._abandoned: list[tuple[int, int]] = []
 
@@ -151,7 +158,7 @@ def switching(image: WritableImage, change: Callable[[Switch], _Result], *, drai
 
 
 def _attempt(image: WritableImage, change: Callable[[Switch], _Result]) -> _Result:
-    try:
+    with enough_memory(image):
         switch = Switch(image)
         try:
             return change(switch)
@@ -159,6 +166,17 @@ def _attempt(image: WritableImage, change: Callable[[Switch], _Result]) -> _Resu
             if image.storage.failure is None:
                 switch.undo()
             raise
+
+
+@contextmanager
+def enough_memory(image: WritableImage) -> Iterator[None]:
+    """For what needs memory in proportion to the file, which may claim to be of any size.
+
+    Raises:
+        OSError: ENOMEM if there is not enough.
+    """
+    try:
+        yield
     except MemoryError:
         raise OSError(errno.ENOMEM, "there is no memory for the refcounts of so large a file", image.path) from None
 
@@ -167,11 +185,16 @@ def reclaim(image: WritableImage, clusters: NDArray[np.uint64]) -> None:
     """Free ``clusters``, ascending, that were used by a state of the image which nothing names any more, durably.
 
     Each has one reference that is none. Requests may be in progress: none can know these clusters, because the last
-    request that did held a reference until it ended (R-50). A crash meanwhile leaves leaks.
-
-    Raises:
-        OSError: as :meth:`WritableImage.flush`; what is left leaks.
+    request that did held a reference until it ended (R-50). After a crash meanwhile, or a failure, which is told as an
+    event, what is left leaks.
     """
+    try:
+        _reclaim(image, clusters)
+    except OSError as error:
+        image.on_event(f"{image.path}: space that became free is leaked: {error.strerror}")
+
+
+def _reclaim(image: WritableImage, clusters: NDArray[np.uint64]) -> None:
     if not len(clusters):
         return
     block_clusters, size = image.refcounts.block_clusters, image.cluster_size

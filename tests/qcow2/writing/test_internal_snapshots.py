@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from nbdq.errors import NotFound, OperationError
+from nbdq.qcow2.audit.check import check_image
 from nbdq.qcow2.entries import COPIED
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.image import Qcow2Image
@@ -113,7 +114,7 @@ def test_the_next_id_follows_the_highest_number(path: Path) -> None:
         assert create(engine).id == "3"
 
 
-@pytest.mark.parametrize("name", ["", "x" * 256, "a\0b"])
+@pytest.mark.parametrize("name", ["", "x" * 256, "a\0b", "\ud800"])
 def test_a_name_that_qemu_has_no_room_for_is_refused(engine: Engine, name: str) -> None:
     with pytest.raises(OperationError, match="name"):
         create(engine, name)
@@ -253,6 +254,81 @@ def test_no_room_for_a_snapshot_is_an_answer_like_any_other(engine: Engine) -> N
     engine.write(0, 4 * K, seed=2)
     assert engine.read(4 * K, 60 * K) == written[4 * K :]
     sound(engine)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("verb", ["create", "delete", "apply"])
+def test_whatever_fails_the_file_has_the_old_state_or_the_new_one(tmp_path: Path, verb: str, number: int) -> None:
+    """Every system call that changes the file fails once; what can be tried again succeeds then."""
+    prepared = make_image(tmp_path / "prepared.qcow2", 256 * K, cluster_size=512, refcount_bits=64)
+    with Engine(prepared) as engine:
+        engine.write(0, 128 * K)
+        first = create(engine)
+        engine.write(64 * K, 128 * K, seed=2)
+        create(engine, "two")
+        engine.write(0, 32 * K, seed=3)
+        current = engine.contents()
+    past = held(prepared, first)
+    for failing in range(10_000):
+        path = Path(shutil.copy(prepared, tmp_path / "top.qcow2"))
+        engine = Engine(path)
+        calls = iter(range(failing + 1))
+
+        def fail(call: object, calls: Iterator[int] = calls, last: int = failing) -> None:
+            if next(calls, -1) == last:
+                raise OSError(number, "it failed")
+
+        engine.storage.before = fail
+        has_failed = False
+        try:
+            _do(engine, verb, first)
+        except OSError:
+            has_failed = True
+        engine.storage.before = lambda call: None
+        if engine.storage.failure is not None:
+            with pytest.raises(OSError, match="after a failure"):
+                engine.__exit__()
+        else:
+            if has_failed:
+                assert engine.contents() == current
+                _do(engine, verb, first)
+            engine.__exit__()
+        if not has_failed and next(calls, -1) >= 0:  # it makes fewer calls than that
+            break
+        with closing(FileStorage.open(str(path))) as storage:
+            result = check_image(storage, read_header(storage))
+            names = [each.name for each in read_snapshots(storage, read_header(storage))]
+        assert not result.corruptions, result.findings
+        assert names in (["one", "two"], {"create": ["one", "two", "three"], "delete": ["two"]}.get(verb))
+        if failing % 9 == 0:
+            assert shown(path) in ((past, current) if verb == "apply" else (current,))
+    else:
+        pytest.fail("it never ended")
+
+
+def _do(engine: Engine, verb: str, first: Snapshot) -> None:
+    if verb == "create":
+        create(engine, "three")
+    elif verb == "delete":
+        delete_snapshot(engine.image, first)
+    else:
+        go_back(engine, first)
+
+
+def test_a_disk_without_any_size_has_snapshots_too(tmp_path: Path) -> None:
+    """Q41: no L1 table."""
+    path = tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-f", "qcow2", path, "0")
+    with Engine(path) as engine:
+        empty = create(engine)
+        engine.disk.grow(1 * M)
+        engine.write(0, 64 * K)
+        go_back(engine, empty)
+        assert engine.disk.size == 0
+        delete_snapshot(engine.image, empty)
+        engine.disk.grow(1 * M)
+        assert engine.contents() == bytes(1 * M)
+    check(path)
 
 
 def test_what_is_being_copied_up_meanwhile_is_waited_for(engine: Engine) -> None:
