@@ -5,11 +5,15 @@ the device; what clients send waits in their sockets. Loop thread only.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Protocol
 
 from nbdq.server.pause import Pause
+
+_log = logging.getLogger(__name__)
 
 
 class Guarded(Protocol):
@@ -98,10 +102,12 @@ class Gate:
         async with self._exclusive:
             self._holder = task
             self._is_draining = True
+            begun = monotonic()
             try:
                 self.reconsider()
                 await self.wait_until_quiet()
                 await asyncio.gather(*(session.detach() for session in self._sessions))
+                _log.debug("%d sessions drained within %.2f ms", len(self._sessions), (monotonic() - begun) * 1000)
                 yield
             finally:
                 self._holder = None
