@@ -17,7 +17,7 @@ from nbdq.admin.registry import Reply, command
 from nbdq.admin.state import Changes
 from nbdq.admin.transaction import Action, carry_out
 from nbdq.chain.overlay import OverlayDisk
-from nbdq.errors import ExportError, OperationError, printable
+from nbdq.errors import ExportError, NotFound, OperationError, printable
 from nbdq.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
 from nbdq.qcow2.writing.internal_snapshots import create_snapshot, delete_snapshot, prepare_snapshot
 from nbdq.qcow2.writing.switch import reclaim
@@ -188,9 +188,9 @@ def _choose(snapshots: Sequence[Snapshot], wanted: OneSnapshot) -> Snapshot:
 def _refuse_if_exported(volume: Volume, snapshots: Sequence[Snapshot], snapshot: Snapshot) -> None:
     for export in volume.exports:
         view = volume.view_of(export)
-        if view.snapshot is None or (view.layer is not None and volume.chain.index_of(view.layer) > 0):
-            continue
-        with suppress(ExportError):
+        with suppress(ExportError, NotFound):
+            if view.snapshot is None or (view.layer is not None and volume.chain.index_of(view.layer) > 0):
+                continue
             if find_snapshot(snapshots, view.snapshot) == snapshot:
                 raise OperationError(
                     f"Snapshot '{printable(snapshot.id)}' is shown by export '{printable(export.info.name)}'; "

@@ -93,7 +93,7 @@ def create_snapshot(
     def change(switch: Switch) -> None:
         table = _snapshot_table(image)
         record = SnapshotRecord.of_disk(
-            id=str(1 + max((_number(each.id) for each in table.records), default=0)),
+            id=_next_id(table.records),
             name=name,
             l1_offset=image.header.l1_table_offset,
             l1_size=image.header.l1_size,
@@ -361,6 +361,15 @@ def _position(image: WritableImage, snapshot: Snapshot) -> int:
         if present == snapshot:
             return position
     raise NotFound(f"there is no snapshot with the id '{printable(snapshot.id)}' any more")
+
+
+def _next_id(records: Sequence[SnapshotRecord]) -> str:
+    """Behind the highest number (Q61), and nobody's name: who shows a snapshot that is called so goes on showing it."""
+    number = 1 + max((_number(record.id) for record in records), default=0)
+    names = {record.name for record in records}
+    while str(number).encode() in names:
+        number += 1
+    return str(number)
 
 
 def _number(identity: bytes) -> int:

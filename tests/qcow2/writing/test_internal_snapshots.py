@@ -562,17 +562,25 @@ def test_what_another_operation_holds_is_waited_for_by_trying_again(engine: Engi
 # Finding.
 
 
-def test_a_snapshot_is_chosen_by_id_then_by_name(engine: Engine) -> None:
+def test_a_snapshot_is_chosen_by_id_then_by_name(path: Path) -> None:
     """4.5: and never by a name that several have."""
     for name in ("2", "twice", "twice", "other"):
-        create(engine, name)
-    found = snapshots(engine)
+        run("qemu-img", "snapshot", "-c", name, path)
+    with Engine(path) as engine:
+        found = snapshots(engine)
     assert choose_snapshot(found, "2") is found[1]
     assert choose_snapshot(found, "other") is found[3]
     with pytest.raises(OperationError, match="by its id: 2, 3"):
         choose_snapshot(found, "twice")
     with pytest.raises(NotFound):
         choose_snapshot(found, "none")
+
+
+def test_no_snapshot_gets_an_id_that_is_the_name_of_another(engine: Engine) -> None:
+    """Or who shows the one by its name would suddenly show the other."""
+    first = create(engine, "2")
+    assert create(engine, "x").id == "3"
+    assert choose_snapshot(snapshots(engine), "2") == first
 
 
 # With QEMU.
