@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "nbdq.admin": {
         *("nbdq", "nbdq.server", "nbdq.ops", "nbdq.chain", "nbdq.qcow2"),
-        *("nbdq.block", "nbdq.storage", "nbdq.errors"),
+        *("nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"),
         "nbdq.nbd.constants",  # names of metadata contexts, to tell backup programs
     },
     "nbdq.server": {"nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},

@@ -25,6 +25,7 @@ from nbdq.server.export import Exports
 from nbdq.server.listener import Listener
 from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
+from nbdq.storage import FileStorage
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +33,20 @@ assert commands.__all__, "imported for the commands that it registers"
 
 
 class Administration:
-    """The administrators' side of a server. Owns the listener."""
+    """The administrators' side of a server. Owns the listener until :meth:`close`."""
 
-    def __init__(self, state: State, policies: Policies, listener: Listener | None, access: Access) -> None:
-        """Without a ``listener`` nobody can administer, but the state is kept."""
+    def __init__(
+        self,
+        state: State,
+        policies: Policies,
+        listener: Listener | None,
+        access: Access,
+        *,
+        held: FileStorage | None = None,
+    ) -> None:
+        """Without a ``listener`` nobody can administer, but the state is kept; ``held`` is to be closed at the end."""
         self._state = state
+        self._held = held
         self._policies = policies
         self._listener = listener
         self._access = access
@@ -98,9 +108,11 @@ class Administration:
         await self.jobs.stop()
 
     def close(self) -> None:
-        """Close the socket; for a server that could not start."""
+        """Close the socket, and let others have the state file."""
         if self._listener is not None:
             self._listener.close()
+        if self._held is not None:
+            self._held.close()
 
     def _context_of(self, peer: Peer) -> Context:
         return replace(self._context, peer=peer)

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nbdq.admin.arguments import InvalidArguments, parse
-from nbdq.errors import NbdqError, printable
+from nbdq.errors import ImageLocked, NbdqError, printable
+from nbdq.locks import WRITER, lock_image
 from nbdq.storage import FileStorage, sync_directory_of
 
 _VERSION = 1
@@ -157,6 +158,30 @@ class State:
                 if self.path is not None:
                     _write(self.path, disks)
                 self._disks = disks
+
+
+def hold(path: str) -> FileStorage:
+    """Keep other servers from the state file at ``path`` for as long as what is returned is open.
+
+    The lock is on a file beside it, for the state file itself is replaced with every change.
+
+    Raises:
+        StateError: another server uses it.
+        OSError: the file beside it cannot be made.
+    """
+    beside = f"{path}.lock"
+    with suppress(FileExistsError):
+        FileStorage.create(beside, mode=0o600).close()
+    storage = FileStorage.open(beside)
+    try:
+        lock_image(storage.descriptor, beside, WRITER)
+    except ImageLocked:
+        storage.close()
+        raise StateError(f"{printable(path)}: another server uses this state file; give each its own") from None
+    except BaseException:
+        storage.close()
+        raise
+    return storage
 
 
 def _read(path: str) -> dict[str, DiskRecord]:

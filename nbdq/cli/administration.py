@@ -4,6 +4,7 @@ import grp
 import os
 import pwd
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from typing import Any, TypeVar
 
 import click
@@ -11,7 +12,7 @@ import click
 from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
 from nbdq.admin.service import Administration
-from nbdq.admin.state import State
+from nbdq.admin.state import State, hold
 from nbdq.cli.options import Mode
 from nbdq.errors import ExportError, printable
 from nbdq.server.listener import listen_unix
@@ -101,15 +102,21 @@ def open_administration(
         StateError, PolicyError, OSError: a file cannot be used.
     """
     policies = Policies() if volume_policy is None else Policies.load(volume_policy)
-    records = State(state)
     access = Access(users=admin_users, groups=() if admin_group is None else (admin_group,))
-    if admin is None:
-        return Administration(records, policies, None, access)
-    listener = listen_unix(admin, mode=admin_mode)
-    try:
-        if admin_group is not None:
-            os.chown(admin, -1, admin_group)
-    except OSError as error:
-        listener.close()
-        raise ExportError(f"cannot give {printable(admin)} to group {admin_group}: {error.strerror}") from None
-    return Administration(records, policies, listener, access)
+    with ExitStack() as undo:
+        held = None if state is None else undo.enter_context(closing(hold(state)))
+        records = State(state)
+        listener = None
+        if admin is not None:
+            listener = undo.enter_context(closing(listen_unix(admin, mode=admin_mode)))
+            _give_to_group(admin, admin_group)
+        undo.pop_all()  # they are the administration's now
+        return Administration(records, policies, listener, access, held=held)
+
+
+def _give_to_group(path: str, group: int | None) -> None:
+    if group is not None:
+        try:
+            os.chown(path, -1, group)
+        except OSError as error:
+            raise ExportError(f"cannot give {printable(path)} to group {group}: {error.strerror}") from None

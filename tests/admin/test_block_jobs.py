@@ -251,6 +251,18 @@ def test_a_damaged_state_file_keeps_the_server_from_starting(layers: list[Path],
     assert len(server.stderr.splitlines()) == 1
 
 
+def test_two_servers_do_not_share_a_state_file(restartable: Restartable, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    run("qemu-img", "create", "-q", "-f", "qcow2", other / "disk.qcow2", "1M")
+    server = Server("--state", tmp_path / "state", other / "disk.qcow2", directory=other)
+    assert server.process.wait(PATIENCE) == 1
+    server.kill()
+    assert "another server uses this state file" in server.stderr
+    restartable.end()
+    restartable.start()
+
+
 def test_a_client_that_hangs_up_in_the_middle_of_a_job_changes_nothing_for_it(layers: list[Path]) -> None:
     _base, *_, top = map(str, layers)
     with administered(top) as server:
