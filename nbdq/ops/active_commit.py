@@ -10,19 +10,19 @@ had begun before is waited for, then the disk is read. A request that begins lat
 
 import threading
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 from nbdq.chain.bitmaps import bitmaps_of, carry_over_bitmaps
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer
-from nbdq.ops.commit import check_range, move_mark
+from nbdq.errors import ImageError
+from nbdq.ops.commit import check_range, mark_committed, move_mark
 from nbdq.ops.control import Control
 from nbdq.ops.preflight import check_no_overlays
-from nbdq.ops.repoint import absolute_path
 from nbdq.ops.transfer import Transfer
 from nbdq.ops.written import WrittenLayer
 from nbdq.qcow2.bitmaps.bits import DirtyBits
-from nbdq.qcow2.header_area import set_overlay_marker
 from nbdq.qcow2.writing.writable import WritableImage
 
 #: log2 of the granularity in which changes are noted: fine, for guests write in small pieces and all of it is copied …
@@ -186,10 +186,7 @@ class ActiveCommit:
         Raises:
             ImageError, OSError: it cannot be written to, or has no room for the name.
         """
-        old, disk = self._out[0], self._chain.layers[0]
-        assert old.header is not None
-        self._chain.claims.begin_writing(old)
-        set_overlay_marker(old.storage, old.header, absolute_path(disk.path))
+        mark_committed(self._chain, self._out[0], self._chain.layers[0])
 
     def revert(self) -> None:
         """Let the old top be the active layer again; nothing has been written since the pivot."""
@@ -203,6 +200,9 @@ class ActiveCommit:
         """Close the layers that have dropped out; their files stay as they are."""
         assert self._writer is not None
         self._writer.release()
+        for layer in self._out[1:]:
+            with suppress(ImageError, OSError):  # somebody reads it
+                mark_committed(self._chain, layer, self._chain.layers[0])
         self._chain.drop(self._out)
 
     def abort(self) -> None:

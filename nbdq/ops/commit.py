@@ -8,14 +8,16 @@ Copying a second time what was copied already is harmless; so a commit can be be
 """
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from time import monotonic
 
 from nbdq.chain.live import LiveChain, WritableDisk
 from nbdq.chain.overlay import OverlayDisk
-from nbdq.errors import OperationError, printable
+from nbdq.chain.resolve import ResolvedLayer
+from nbdq.errors import NbdqError, OperationError, printable
 from nbdq.ops.control import Control
-from nbdq.ops.preflight import check_no_overlays
-from nbdq.ops.repoint import Repoint
+from nbdq.ops.preflight import check_no_overlays, find_overlays
+from nbdq.ops.repoint import Repoint, absolute_path
 from nbdq.ops.transfer import Transfer
 from nbdq.ops.written import WrittenLayer
 from nbdq.qcow2.header_area import set_overlay_marker
@@ -87,6 +89,7 @@ class Commit:
         self._visible = min(chain.slice(index, index).size for index in range(top))
         self._repoint = Repoint(chain, top - 1, layers[base:], name=backing_file)
         self._position = start
+        self._directories = directories
         self._on_durable = on_durable
         self._transfer: Transfer | None = None
         self._writer: WrittenLayer | None = None
@@ -147,8 +150,22 @@ class Commit:
         try:
             move_mark(self._writer.disk, self._repoint.path)
             self._writer.release()
+            self._mark_dropped()
         finally:
             self._repoint.drop()
+
+    def _mark_dropped(self) -> None:
+        """Let what was committed say so, that it does not stand in the way of the next commit as an overlay.
+
+        But for layers that are themselves under other overlays: these would not be found through them any more.
+        """
+        chain = self._chain
+        known = [layer.path for layer in (*chain.layers, *self._repoint.out)]
+        base = next(layer for layer in chain.layers if layer.storage is self._base)
+        for layer in self._repoint.out:
+            with suppress(NbdqError, OSError):  # somebody reads it, or there is too much to look at
+                if not find_overlays(layer.path, self._directories, known=known):
+                    mark_committed(chain, layer, base)
 
     def abort(self) -> None:
         """Release the base; the disk is drained, and lies over what it lay over before.
@@ -159,6 +176,18 @@ class Commit:
         writer, self._writer, self._transfer = self._writer, None, None
         if writer is not None:
             writer.give_up()
+
+
+def mark_committed(chain: LiveChain, layer: ResolvedLayer, base: ResolvedLayer) -> None:
+    """Record in a layer that is no longer part of the disk that it was committed into ``base``. Durable.
+
+    Raises:
+        ImageError: somebody else reads it, or it cannot be written to.
+        OSError: it cannot be written, or has no room for the name.
+    """
+    if layer.header is not None:
+        chain.claims.begin_writing(layer)
+        set_overlay_marker(layer.storage, layer.header, absolute_path(base.path))
 
 
 def move_mark(disk: WritableDisk, overlay: str | None) -> None:

@@ -41,8 +41,8 @@ class Repoint:
             self._name = name or backing_name(chain.layers[index], below[0])
             self._format = format or str(below[0].format)
         self._before: tuple[list[FileStorage], str | None, str | None] | None = None
-        self._out: list[ResolvedLayer] = list(self._added)
-        """Layers that belong to us because they are not part of the disk."""
+        self.out: list[ResolvedLayer] = list(self._added)
+        """Layers that belong to us because they are not part of the disk: those to come, or those that have gone."""
 
     @property
     def path(self) -> str:
@@ -96,16 +96,16 @@ class Repoint:
         chain.set_backing(index, name, format)
         try:
             layers = chain.layers  # with the new header
-            there = {layer.storage: layer for layer in (*self._out, *layers)}
+            there = {layer.storage: layer for layer in (*self.out, *layers)}
             dropped = chain.rearrange([*layers[: index + 1], *(there[storage] for storage in below)])
         except BaseException:
             chain.set_backing(index, header.backing_name, header.backing_format)
             raise
-        self._out = [layer for layer in self._out if layer.storage not in below] + dropped
+        self.out = [layer for layer in self.out if layer.storage not in below] + dropped
 
     def drop(self) -> None:
         """Close the layers that are not part of the disk. Idempotent; the disk need not be drained."""
-        out, self._out = self._out, []
+        out, self.out = self.out, []
         self._chain.drop(out)
 
 

@@ -310,6 +310,29 @@ def test_the_old_top_is_not_opened_for_writing_again(tmp_path: Path) -> None:
     check(*image.paths)
 
 
+def test_what_was_committed_does_not_stand_in_the_way_of_the_next_commit(tmp_path: Path) -> None:
+    image = _chain(tmp_path, *_THREE, Layer("4M", ("write 2M 64k",)), Layer("4M"))
+    with served(image) as disk:
+        before = disk.read()
+        disk.carry_out(Commit(disk.chain, top=3, base=4))
+        disk.carry_out(Commit(disk.chain, top=1, base=3))
+        disk.carry_out(ActiveCommit(disk.chain, base=1))
+        assert disk.read() == before
+    assert qemu_reads(image.paths[0]) == before
+    check(*image.paths)
+
+
+def test_a_layer_that_was_committed_goes_on_protecting_its_other_overlays(tmp_path: Path) -> None:
+    image = _chain(tmp_path, *_THREE)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "1.qcow2", "-F", "qcow2", "sibling", cwd=tmp_path)
+    before = qemu_reads(tmp_path / "sibling")
+    with served(image) as disk:
+        disk.carry_out(Commit(disk.chain, top=1, base=2))
+        assert qemu_reads(tmp_path / "sibling") == before
+        with pytest.raises(OperationError, match=r"1\.qcow2"):
+            ActiveCommit(disk.chain, base=1)
+
+
 def test_nonsense_is_refused_in_words(tmp_path: Path) -> None:
     image = _chain(tmp_path, *_THREE)
     with served(image) as disk:
