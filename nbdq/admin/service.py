@@ -129,7 +129,7 @@ class Administration:
             await command.run(replace(self._context, resumed=Resumed(volume, job)), arguments)
             _log.info("job %s goes on", printable(job.id))
         except (NbdqError, OSError, KeyError) as error:
-            _log.warning("job %s does not go on: %s", printable(job.id), error)
+            _log.warning("job %s does not go on; it had ended, or cannot: %s", printable(job.id), error)
             await in_thread(self._forget, volume.name, job.id)
 
     def _forget(self, name: str, job_id: str) -> None:

@@ -156,8 +156,17 @@ class State:
             disks = {key: disk for key, disk in changes.disks.items() if disk != DiskRecord()}
             if disks != self._disks:
                 if self.path is not None:
-                    _write(self.path, disks)
+                    self._save(self.path, disks)
                 self._disks = disks
+
+    def _save(self, path: str, disks: Mapping[str, DiskRecord]) -> None:
+        try:
+            _write(path, disks)
+        except BaseException:
+            # The new file may be in place, only not durably. Who asked goes back to what was; so does the file.
+            with suppress(OSError):
+                _write(path, self._disks)
+            raise
 
 
 def hold(path: str) -> FileStorage:
