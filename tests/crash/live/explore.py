@@ -153,7 +153,7 @@ class _Run:
             changed = {disk.name for disk in scenario.disks if restarted.tops[disk.name] != disk.image}
             if changed not in (set(), set(restarted.tops)):
                 return Finding(Fault.BROKEN, f"of a transaction only {', '.join(changed)} has happened")
-        if scenario.has_bitmaps and not self._recovering:
+        if self._prepared.bitmapped and not self._recovering:
             finding = self._bench.check_bitmaps(state.contents)
             if finding is not None:
                 return finding

@@ -202,6 +202,11 @@ MUTANTS: dict[str, Mutant] = {
     "header before copy": Mutant(
         "the header above the committed layers is changed when all is copied (R-60)", _repointed_first, "a commit"
     ),
+    "name not synced": Mutant(
+        "a backing name is durable before the header points to it (R-55)",
+        _deaf(*_SYNC, ("nbdq.qcow2.header_area", ["_place_name"])),
+        "a commit that records a long name",
+    ),
     "offset before flush": Mutant(
         "what a restarted commit leaves out is durable in the base (R-60)", _offset_before_flush, "a commit"
     ),

@@ -35,6 +35,10 @@ class Scenario:
     """Of every guest before the operation, and after it."""
     eagerness: float = 0.5
     """How probably guests make a request after a piece of work."""
+    threads: int = 0
+    """Guests that work in threads beside the operation, instead of in its pauses."""
+    cancelled_after: int | None = None
+    """So many pieces of work are done, then the job is cancelled."""
     spare: tuple[Layer, ...] = ()
     """A chain that belongs to no disk."""
     together: bool = False
@@ -52,10 +56,6 @@ class Scenario:
         """What the command line says."""
         return tuple(Disk(name, f"{name}{len(c) - 1}", c[-1].format) for name, c in self.chains.items())
 
-    @property
-    def has_bitmaps(self) -> bool:
-        return any(layer.bitmap for chain in self.chains.values() for layer in chain)
-
     def padded(self, values: Values) -> Values:
         """A disk with as many sectors as any disk ever has."""
         sizes = [chain[-1].size for chain in self.chains.values()]
@@ -72,6 +72,8 @@ class Prepared:
     """What each disk holds."""
     names: frozenset[str] = frozenset()
     """Of all files."""
+    bitmapped: dict[str, Values] = field(default_factory=dict)
+    """What images with bitmaps hold, by their names."""
 
     def copy_to(self, directory: Path) -> Prepared:
         """The same files elsewhere."""
@@ -81,10 +83,16 @@ class Prepared:
 
 def prepare(scenario: Scenario, directory: Path) -> Prepared:
     """Make the files of ``scenario`` in the existing, empty ``directory``."""
-    initial = {}
+    initial, bitmapped = {}, {}
     for number, (name, layers) in enumerate(scenario.chains.items()):
         top = build(directory, name, layers, number=10 * number + 1)
         initial[name] = scenario.padded(read_by_qemu(directory / top, format=layers[-1].format))
+        for depth, layer in enumerate(layers):
+            if layer.bitmap:
+                bitmapped[f"{name}{depth}"] = scenario.padded(
+                    read_by_qemu(directory / f"{name}{depth}", format="qcow2")
+                )
     if scenario.spare:
         build(directory, "spare", scenario.spare, number=91)
-    return Prepared(scenario, directory, initial, frozenset(path.name for path in directory.iterdir()))
+    names = frozenset(path.name for path in directory.iterdir())
+    return Prepared(scenario, directory, initial, names, bitmapped)

@@ -3,8 +3,10 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 from nbdq.chain.overlay import OverlayDisk
+from nbdq.errors import OperationError
 from nbdq.ops.amend import Amend, ChainRules
 from nbdq.qcow2.amending.options import AmendOptions
 from nbdq.qcow2.snapshots import Snapshot, read_snapshots
@@ -51,9 +53,29 @@ async def _transaction(stage: Stage) -> None:
     stage.replied(disk="disk-new", other="other-new")
 
 
-def _commit(*, top: str, base: str) -> Operate:
+async def _failing_transaction(stage: Stage) -> None:
+    """The last action cannot be applied, when the others have been."""
+    path = stage.path("named")
+    await stage.order("blockdev-snapshot-sync", device="other", snapshot_file=path, snapshot_node_name="node")
+    stage.replied(other="named")
+    actions = [
+        {"type": "blockdev-snapshot-sync", "data": {"device": "disk", "snapshot-file": stage.path("never")}},
+        {
+            "type": "blockdev-snapshot-sync",
+            "data": {"device": "other", "snapshot-file": stage.path("ever"), "snapshot-node-name": "node"},
+        },
+    ]
+    try:
+        await stage.order("transaction", actions=actions)
+    except OperationError:
+        stage.replied(disk="disk1")
+        return
+    raise AssertionError("two layers have one name")
+
+
+def _commit(*, top: str, base: str, **words: Any) -> Operate:
     async def operate(stage: Stage) -> None:
-        await stage.order("block-commit", device="disk", top=stage.path(top), base=stage.path(base))
+        await stage.order("block-commit", device="disk", top=stage.path(top), base=stage.path(base), **words)
 
     return operate
 
@@ -139,7 +161,7 @@ async def _internal_delete(stage: Stage) -> None:
     await _create_internal(stage, "one")
     stage.guests(8)
     for name in ("before", "one"):
-        delete_snapshot(_image(stage), _find_internal(stage, name))
+        stage.beside(partial(delete_snapshot, _image(stage), _find_internal(stage, name)))
         stage.guests(6)
 
 
@@ -154,7 +176,7 @@ async def _internal_apply(stage: Stage) -> None:
             unused = device.apply_snapshot(_find_internal(stage, "one"))
             volume.adopt()
     stage.guests(4)
-    reclaim(_image(stage), unused)
+    stage.beside(partial(reclaim, _image(stage), unused))
     stage.guests(4)
 
 
@@ -213,6 +235,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         _transaction,
         state=False,
     ),
+    Scenario("a transaction that fails", {"disk": (_BASE, _TOP), "other": (_BASE,)}, _failing_transaction, requests=4),
     Scenario("a commit", {"disk": _FOUR}, _commit(top="disk2", base="disk0")),
     Scenario("a commit without a state file", {"disk": _FOUR}, _commit(top="disk1", base="disk0"), state=False),
     Scenario("a commit into a smaller base", {"disk": _SHORT}, _commit(top="disk2", base="disk0")),
@@ -225,6 +248,21 @@ SCENARIOS: tuple[Scenario, ...] = (
         {"disk": (Layer(format="raw", filled=0.6), *_FOUR[1:])},
         _commit(top="disk2", base="disk0"),
     ),
+    Scenario(
+        "a commit that records a long name",
+        {"disk": _FOUR},
+        _commit(top="disk2", base="disk0", backing_file=f"{'./' * 300}disk0"),
+    ),
+    Scenario(
+        "a commit into a base with a bitmap",
+        {"disk": (replace(_BASE, bitmap=True), *_FOUR[1:])},
+        _commit(top="disk2", base="disk0"),
+    ),
+    Scenario("a commit cancelled", {"disk": _KEPT}, _commit(top="disk2", base="disk0"), cancelled_after=6),
+    Scenario("a commit beside guests", {"disk": _FOUR}, _commit(top="disk2", base="disk0"), threads=2),
+    Scenario(
+        "a commit of packed clusters beside guests", {"disk": _LARGER}, _commit(top="disk2", base="disk0"), threads=2
+    ),
     Scenario("an active commit", {"disk": _FOUR[:3]}, _active_commit("disk0")),
     Scenario("an active commit without a state file", {"disk": _FOUR[:3]}, _active_commit("disk0"), state=False),
     Scenario("an active commit into a smaller base", {"disk": _SHORT[:3]}, _active_commit("disk0")),
@@ -235,12 +273,27 @@ SCENARIOS: tuple[Scenario, ...] = (
         {"disk": (Layer(format="raw", filled=0.6), *_FOUR[1:3])},
         _active_commit("disk0"),
     ),
+    Scenario(
+        "an active commit into a base with a bitmap",
+        {"disk": (replace(_BASE, bitmap=True), *_FOUR[1:3])},
+        _active_commit("disk0"),
+    ),
+    Scenario("an active commit cancelled", {"disk": _KEPT}, _commit(top="disk3", base="disk0"), cancelled_after=9),
+    Scenario("an active commit beside guests", {"disk": _FOUR[:3]}, _active_commit("disk0"), threads=2),
+    Scenario("an active commit of mixed clusters beside guests", {"disk": _MIXED}, _active_commit("disk0"), threads=2),
     Scenario("a stream", {"disk": _FOUR[:3]}, _stream()),
     Scenario("a stream to a base", {"disk": _FOUR}, _stream(base="disk0")),
     Scenario("a stream into a layer below", {"disk": _FOUR}, _stream(layer="disk2", base="disk0")),
     Scenario("a stream of mixed clusters", {"disk": _MIXED}, _stream()),
     Scenario("a stream of compressed clusters", {"disk": _PACKED}, _stream(base="disk0")),
     Scenario("a stream over a smaller base", {"disk": _SHORT[:3]}, _stream(base="disk0")),
+    Scenario("a stream cancelled", {"disk": _FOUR[:3]}, _stream(), cancelled_after=5),
+    Scenario("a stream beside guests", {"disk": _FOUR[:3]}, _stream(), threads=2),
+    Scenario("a stream of compressed clusters beside guests", {"disk": _PACKED}, _stream(base="disk0"), threads=2),
+    Scenario("a stream into a layer below, beside guests", {"disk": _FOUR}, _stream(layer="disk2"), threads=2),
+    Scenario(
+        "a rebase beside guests", {"disk": _FOUR[:3]}, _rebase("spare1"), spare=(Layer(), Layer(filled=0.3)), threads=2
+    ),
     Scenario("a rebase", {"disk": _FOUR[:3]}, _rebase("spare1"), spare=(Layer(), Layer(filled=0.3))),
     Scenario("a rebase of a layer below", {"disk": _FOUR}, _rebase("spare0", layer="disk2"), spare=(Layer(),)),
     Scenario(
@@ -269,6 +322,12 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("amending a whole chain", {"disk": (_OLD, _OLD, _OLD)}, _amend(AmendOptions(version=3), whole=True)),
     Scenario("internal snapshots", {"disk": (_BASE, _TOP)}, _internal_create),
     Scenario("internal snapshots deleted", {"disk": (_BASE, replace(_TOP, snapshot=True))}, _internal_delete),
+    Scenario(
+        "internal snapshots deleted beside guests",
+        {"disk": (_BASE, replace(_TOP, snapshot=True))},
+        _internal_delete,
+        threads=2,
+    ),
     Scenario("an internal snapshot applied", {"disk": (_BASE, _TOP)}, _internal_apply),
     Scenario("a checkpoint", {"disk": (_BASE, Layer(bitmap=True))}, _checkpoint),
     Scenario(

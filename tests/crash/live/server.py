@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from nbdq.admin import job
 from nbdq.admin.arguments import parse
 from nbdq.admin.job import Job, JobRequest
 from nbdq.admin.monitor import Access
@@ -22,7 +21,6 @@ from nbdq.chain.live import LiveChain
 from nbdq.chain.policy import Policy
 from nbdq.errors import ChainError
 from nbdq.locks import Locking
-from nbdq.ops.control import Control
 from nbdq.ops.operation import Operation
 from nbdq.qcow2.format import read_header
 from nbdq.server.export import Exports
@@ -165,20 +163,15 @@ def _mark_of(path: str) -> str | None:
 
 @contextmanager
 def on_one_thread() -> Iterator[None]:
-    """Let what the admin side does in threads be done at once, so that runs can be repeated."""
+    """Let what the admin side does in shared threads be done at once, so that runs can be repeated; jobs complete."""
 
     async def at_once(function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
         return function(*arguments, **options)
-
-    async def in_own_thread(_name: str, function: Callable[[Control], None], control: Control) -> None:
-        await asyncio.sleep(0)
-        function(control)
 
     def complete(self: Job) -> None:
         self._operation.complete()  # type: ignore[attr-defined]
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(asyncio, "to_thread", at_once))
-        stack.enter_context(patch.object(job, "_in_own_thread", in_own_thread))
         stack.enter_context(patch.object(Job, "_on_ready", complete))
         yield

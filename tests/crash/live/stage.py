@@ -13,9 +13,11 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+from nbdq.admin import job
 from nbdq.admin.registry import Reply
 from nbdq.chain.live import LiveChain
 from nbdq.errors import NbdqError
@@ -28,12 +30,15 @@ from tests.crash.live.scenario import Prepared
 from tests.crash.live.server import Server
 from tests.crash.live.tree import TreeRecorder
 from tests.crash.recorder import NEVER
+from tests.crash.schedule import Schedule
 from tests.crash.stamps import Values, read_stamps
 from tests.crash.verdict import Fault, Finding, compare
 
 #: How far the numbers of one disk's stamps are from those of the next one.
 _NUMBERS = 100_000
 _RECOVERED_REQUESTS = 8
+#: Of a guest that works beside an operation.
+_REQUESTS_BESIDE = 20
 
 
 class Front:
@@ -111,7 +116,14 @@ class Recording:
 class Stage:
     """One run of a scenario."""
 
-    def __init__(self, prepared: Prepared, recorder: TreeRecorder, generator: random.Random) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        recorder: TreeRecorder,
+        generator: random.Random,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """With a ``schedule``, guests work in threads of it beside jobs."""
         self.directory = prepared.directory
         self.scenario = prepared.scenario
         self.generator = generator
@@ -120,6 +132,8 @@ class Stage:
         self.begun = 0
         self.resumed = 0
         self._recorder = recorder
+        self._schedule = schedule
+        self._pieces = 0
         self._drained: list[Volume] = []
         self._is_working = False
         self.shield: Callable[[Volume], AbstractContextManager[None]] = lambda volume: nullcontext()
@@ -164,6 +178,27 @@ class Stage:
                         Guest(Front(volume), history, self.scenario.habits, self.generator).work(count)
         finally:
             self._is_working = False
+
+    def beside(self, work: Callable[[], object]) -> None:
+        """Do something that needs no drain, with guests in other threads if the scenario wants that."""
+        if self._schedule is None:
+            work()
+            return
+        guests = [
+            partial(self._guest(name).work, _REQUESTS_BESIDE, cached=number == 0)
+            for name in self.server.volumes
+            for number in range(self.scenario.threads)
+        ]
+        self._is_working = True  # they do, and nobody else
+        try:
+            self._schedule.run([lambda: _do(work), *guests])
+        finally:
+            self._is_working = False
+
+    def _guest(self, name: str) -> Guest:
+        history = self.epochs[name][-1].history
+        generator = random.Random(self.generator.randrange(1 << 30))
+        return Guest(Front(self.server.volumes[name]), history, self.scenario.habits, generator)
 
     @contextmanager
     def becoming(self, name: str, values: Values) -> Iterator[None]:
@@ -239,12 +274,27 @@ class Stage:
             return interrupted(volume)
 
         def advanced(control: Control, length: int = 0, *, cost: int | None = None) -> None:
+            self._pieces += 1
+            if self._pieces == self.scenario.cancelled_after:
+                control.cancel()
             advance(control, length, cost=cost)
             if self.generator.random() < self.scenario.eagerness:
                 self.guests(1)
 
-        with patch.object(Volume, "drained", drain), patch.object(Control, "advance", advanced):
+        async def in_own_thread(_name: str, function: Callable[[Control], None], control: Control) -> None:
+            await asyncio.sleep(0)
+            self.beside(lambda: function(control))
+
+        with (
+            patch.object(Volume, "drained", drain),
+            patch.object(Control, "advance", advanced),
+            patch.object(job, "_in_own_thread", in_own_thread),
+        ):
             yield
+
+
+def _do(work: Callable[[], object]) -> None:
+    work()
 
 
 @contextmanager
@@ -267,11 +317,17 @@ def small_pieces() -> Iterator[None]:
 
 def record(prepared: Prepared, generator: random.Random, *, recovering: bool = False) -> Recording:
     """Run the scenario on the files that are in its directory; with ``recovering``, start the server and no more."""
-    recorder = TreeRecorder(prepared.directory)
-    stage = Stage(prepared, recorder, generator)
+    schedule = Schedule(generator.randrange(1 << 30)) if prepared.scenario.threads else None
+    if schedule is None:
+        recorder = TreeRecorder(prepared.directory)
+    else:
+        recorder = TreeRecorder(prepared.directory, pause=schedule.pause, linger=schedule.linger)
+    stage = Stage(prepared, recorder, generator, schedule)
     with ExitStack() as stack:
         for context in (recorder.installed(), stage.installed(), small_pieces()):
             stack.enter_context(context)
+        if schedule is not None:
+            stack.enter_context(schedule.installed())
         try:
             finding = asyncio.run(stage.play(recovering=recovering))
         except Exception:

@@ -132,8 +132,8 @@ class Bench:
     def check_bitmaps(self, contents: Contents) -> Finding | None:
         """Whether the bitmaps of an image, if all are believed, miss together a sector that has changed in it (C7)."""
         self.put(contents)
-        for disk in self._scenario.disks:
-            path = self._directory / disk.image
+        for name, before in self._prepared.bitmapped.items():
+            path = self._directory / name
             clusters = ClusterCache(budget=1 << 20)
             try:
                 bits = _believed(path)
@@ -144,16 +144,16 @@ class Bench:
                     content = bytearray(layers.size)
                     layers.read_into(0, memoryview(content))
             except (ImageError, OSError) as error:
-                return Finding(Fault.CORRUPT, f"bitmaps of {disk.image}: {error}")
+                return Finding(Fault.CORRUPT, f"bitmaps of {name}: {error}")
             finally:
                 clusters.close()
-            changed = np.flatnonzero(self._scenario.padded(read_stamps(content)) != self._prepared.initial[disk.name])
+            changed = np.flatnonzero(self._scenario.padded(read_stamps(content)) != before)
             known = np.zeros(len(changed), dtype=np.uint8)
             for each in bits:
                 granules = changed * SECTOR >> each.granularity_bits
                 known |= each.packed[granules >> 3] >> (granules & 7).astype(np.uint8) & 1
             if not known.all():
-                return Finding(Fault.LOST, f"bitmaps of {disk.image} miss sectors {changed[known == 0][:8]}")
+                return Finding(Fault.LOST, f"bitmaps of {name} miss sectors {changed[known == 0][:8]}")
         return None
 
     def _check_names(self, contents: Contents, restarted: Restarted) -> Finding | None:
