@@ -38,6 +38,11 @@ class Guarded(Protocol):
         """Begin to hold requests back, or serve again, as the gate and the export now say."""
         ...
 
+    @property
+    def is_detached(self) -> bool:
+        """Whether nothing that waits to be sent lies in a file."""
+        ...
+
     async def detach(self) -> None:
         """Copy what waits to be sent from files into memory. Only while quiet."""
         ...
@@ -106,7 +111,7 @@ class Gate:
             try:
                 self.reconsider()
                 await self.wait_until_quiet()
-                await asyncio.gather(*(session.detach() for session in self._sessions))
+                await asyncio.gather(*(session.detach() for session in self._sessions if not session.is_detached))
                 _log.debug("%d sessions drained within %.2f ms", len(self._sessions), (monotonic() - begun) * 1000)
                 yield
             finally:

@@ -150,6 +150,11 @@ class Session:
         """The export has another size from now on; requests are held to it that have not begun."""
         self._transmission.resize(size)
 
+    @property
+    def is_detached(self) -> bool:
+        """Whether nothing that waits to be sent lies in a file."""
+        return not self._output.file_bytes
+
     async def detach(self) -> None:
         """Copy what waits to be sent from files into memory: the files may change, or be closed, when this returns.
 

@@ -6,7 +6,7 @@ The place where the live structure of a disk meets its clients: whoever changes 
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ from nbdq.chain.bitmaps import find_bitmaps, live_bitmap
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.views import View, open_view
 from nbdq.errors import ExportError, NbdqError, OperationError, printable
 from nbdq.server.contexts import DirtyBitmap
@@ -112,18 +113,11 @@ class Volume:
         protocol tells them nothing; what lies behind a smaller size is lost, and requests there are refused.
 
         Raises:
-            OperationError: the disk is read-only or cannot do that; or it would become smaller, and ``shrink`` is not
-                set.
+            OperationError: the disk is read-only; or it would become smaller, and ``shrink`` is not set.
             OSError: it could not be done; the disk has its old size.
         """
-        if self.chain.read_only:
-            raise OperationError(f"{printable(self.name)} is read-only")
         async with self.steady():
-            device = self.chain.device
-            if not isinstance(device, OverlayDisk):
-                raise OperationError(
-                    f"{printable(self.name)} is raw; only qcow2 disks can be resized while they are served"
-                )
+            device = self._writable()
             if size > device.size:
                 await in_thread(device.grow, size)
                 self.adopt()
@@ -140,10 +134,14 @@ class Volume:
             self.adopt()
 
     def _shrink(self, size: int) -> None:
-        device = self.chain.device
-        assert isinstance(device, OverlayDisk)
+        device = self._writable()
         if size < device.size:
             device.shrink(size)
+
+    def _writable(self) -> OverlayDisk | RawDisk:
+        if isinstance(self.chain.device, ChainDisk):
+            raise OperationError(f"{printable(self.name)} is read-only")
+        return self.chain.device
 
     async def flush(self) -> None:
         """Make durable what clients were told is written.
@@ -248,14 +246,6 @@ class Volume:
         """Layers that exports show, or snapshots of which, by the names that they were given: not to be written to, nor
         to be taken out of the chain."""
         return {shown.view.layer for shown in self._shown.values() if shown.view.layer is not None}
-
-    def shown_snapshots(self) -> set[str]:
-        """Internal snapshots that exports show, by id or name: not to be deleted."""
-        return {shown.view.snapshot for shown in self._shown.values() if shown.view.snapshot}
-
-    def shown_bitmaps(self) -> Mapping[str, Export]:
-        """Bitmaps that exports show: not to be removed or renamed."""
-        return {name: shown.export for shown in self._shown.values() for name in shown.bitmaps}
 
     # Numbers.
 

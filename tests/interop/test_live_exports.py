@@ -202,6 +202,18 @@ def test_a_disk_shrinks_only_when_that_is_wanted(disk: Path) -> None:
     check(disk)
 
 
+def test_a_raw_disk_changes_its_size_too(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"r" * MIB)
+    with administered("-f", "raw", path) as server, connect(server) as client:
+        server("block_resize", device="disk", size=2 * MIB)
+        assert client.read(MIB - 512, 1024) == b"r" * 512 + bytes(512)
+        server("block_resize", device="disk", size=4096, x_nbdq_shrink=True)
+        assert client.error(READ, 4096, 512) == EINVAL
+        assert client.read(0, 4096) == b"r" * 4096
+    assert path.stat().st_size == 4096
+
+
 def test_statistics_count_what_clients_did(disk: Path) -> None:
     with administered(disk) as server:
         with connect(server) as client:
