@@ -26,6 +26,9 @@ from nbdq.errors import NbdqError, NotFound, printable
 from nbdq.server.listener import Listener
 
 _log = logging.getLogger(__name__)
+#: Who changed what; told however quiet the server is to be (R-43).
+_audit = logging.getLogger("nbdq.audit")
+_audit.setLevel(logging.INFO)
 
 CLIENTS_MAX = 64
 #: Requests that a client may make in a second; more have to wait.
@@ -217,7 +220,7 @@ class _Client:
         try:
             arguments = parse(command.arguments, request.arguments)
             if command.changes:
-                _log.info("admin: %s: %s %s", peer, command.name, printable(str(request.arguments), 1000))
+                _audit.info("%s: %s %s", peer, command.name, printable(str(request.arguments), 1000))
             value = await command.run(self._context, arguments)
         except NotActive as error:
             return wire.error(wire.DEVICE_NOT_ACTIVE, str(error), request.tag)
@@ -225,7 +228,7 @@ class _Client:
             return wire.error(wire.DEVICE_NOT_FOUND, str(error), request.tag)
         except (NbdqError, OSError) as error:
             if command.changes:
-                _log.info("admin: %s: %s failed: %s", peer, command.name, describe(error))
+                _audit.info("%s: %s failed: %s", peer, command.name, describe(error))
             return wire.error(wire.GENERIC_ERROR, describe(error), request.tag)
         except Exception:
             _log.exception("admin: %s: %s failed", peer, command.name)

@@ -251,6 +251,30 @@ def test_a_damaged_state_file_keeps_the_server_from_starting(layers: list[Path],
     assert len(server.stderr.splitlines()) == 1
 
 
+def test_a_commit_goes_on_where_it_was_durable_and_still_waits_to_be_finalized(
+    restartable: Restartable, layers: list[Path], tmp_path: Path
+) -> None:
+    base, _, upper, _ = map(str, layers)
+    for attempt in range(2):
+        server = restartable.administered
+        if attempt == 0:
+            server("block-commit", device="top", top=upper, base=base, auto_finalize=False)
+        while server("query-jobs")[0]["status"] != "pending":
+            pass
+        record = json.loads((tmp_path / "state").read_text())["disks"][str(layers[-1])]["jobs"][0]
+        assert record["offset"] == 4 << 20  # there is nothing behind it
+        if attempt == 0:
+            restartable.kill()
+            restartable.start()
+    assert server("query-jobs")[0]["total-progress"] == 0  # nothing was left to be copied
+    server("job-finalize", id="top")
+    server.wait_for_jobs()
+    qemu_io(server, *READS)
+    restartable.end()
+    assert _names(layers[-1]) == ["top.qcow2", "base.qcow2"]
+    check(layers[0], layers[-1])
+
+
 def test_two_servers_do_not_share_a_state_file(restartable: Restartable, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -272,7 +272,6 @@ def test_a_user_who_is_not_on_the_list_is_turned_away_whatever_the_mode_says(tmp
 def test_a_change_is_logged_with_the_user_and_a_question_is_not(
     server: AdminServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
     with server.client() as client:
         client.call("query-jobs")
         client.call("x-test-events", {"count": 0})
