@@ -23,7 +23,7 @@ from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Gate, Policy
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import ResolvedLayer, resolve_chain
-from nbdq.chain.sealing import seal
+from nbdq.chain.sealing import or_never_written, seal
 from nbdq.errors import ImageError, NotFound, OperationError, printable
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.header_area import set_backing
@@ -318,14 +318,14 @@ class LiveChain:
         """Read the top anew, after something changed its file behind the engine's back. No request may be in progress.
 
         Raises:
-            ImageError, OSError: it cannot be opened; the disk is as it was, and no longer fit for use.
+            ImageError, OSError: it cannot be opened; the disk is as it was, but can no longer be written to.
         """
-        layer = self._layers[0]
-        if layer.header is not None:
-            layer = replace(layer, header=read_header(layer.storage))
-        before = self.device
-        self.device = self._open_disk(layer, self._layers[1:])
-        carry_over_bitmaps(before, self.device)
+        layer, before = self._layers[0], self.device
+        with or_never_written(layer.storage):
+            if layer.header is not None:
+                layer = replace(layer, header=read_header(layer.storage))
+            self.device = self._open_disk(layer, self._layers[1:])
+            carry_over_bitmaps(before, self.device)
         self._layers[0] = layer
         self._watch_threshold()
 

@@ -1,11 +1,13 @@
-"""The end of writing to a top that others will read from then on, and what follows if it does not succeed."""
+"""The end of writing to a top, and the begin of writing to it anew; and what follows if they do not succeed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.errors import ImageError
 from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
+from nbdq.storage import FileStorage
 
 
 def seal(disk: RawDisk | OverlayDisk, *, on_event: Callable[[str], None]) -> None:
@@ -36,3 +38,13 @@ def _use_bitmaps_again(disk: OverlayDisk, on_event: Callable[[str], None]) -> No
         image.storage.give_up("dirty bitmaps that the file vouches for would miss what is written")
         image.bitmaps = None
         on_event(f"{image.path}: dirty bitmaps are lost: {error}")
+
+
+@contextmanager
+def or_never_written(storage: FileStorage) -> Iterator[None]:
+    """Inside, an image is opened anew that somebody has changed: else who knew it as it was must not write to it."""
+    try:
+        yield
+    except BaseException:
+        storage.give_up("it was changed, and could not be opened anew")
+        raise

@@ -10,7 +10,7 @@ from nbdq.errors import OperationError
 from nbdq.ops.amend import Amend, ChainRules
 from nbdq.qcow2.amending.options import AmendOptions
 from nbdq.qcow2.snapshots import Snapshot, read_snapshots
-from nbdq.qcow2.writing.internal_snapshots import choose_snapshot, create_snapshot, delete_snapshot
+from nbdq.qcow2.writing.internal_snapshots import create_snapshot, delete_snapshot
 from nbdq.qcow2.writing.switch import reclaim
 from nbdq.qcow2.writing.writable import WritableImage
 from tests.crash.live.images import KIB, Layer
@@ -131,24 +131,19 @@ def _amend(*steps: AmendOptions, size: int | None = None, whole: bool = False) -
     return operate
 
 
-async def _create_internal(stage: Stage, name: str) -> Values:
-    """What the disk holds at that moment."""
+async def _create_internal(stage: Stage, name: str) -> tuple[Snapshot, Values]:
+    """And what the disk holds at that moment."""
     volume = stage.server.volumes["disk"]
     async with volume.drained():
-        create_snapshot(_image(stage), name, date_seconds=1, date_nanoseconds=2)
+        snapshot = create_snapshot(_image(stage), name, date_seconds=1, date_nanoseconds=2)
         volume.adopt()
-        return stage.scenario.padded(read_stamps(stage.server.read("disk")))
+        return snapshot, stage.scenario.padded(read_stamps(stage.server.read("disk")))
 
 
 def _image(stage: Stage) -> WritableImage:
     device = stage.server.volumes["disk"].chain.device
     assert isinstance(device, OverlayDisk)
     return device.top
-
-
-def _find_internal(stage: Stage, name: str) -> Snapshot:
-    image = _image(stage)
-    return choose_snapshot(read_snapshots(image.storage, image.header), name)
 
 
 async def _internal_create(stage: Stage) -> None:
@@ -160,20 +155,21 @@ async def _internal_create(stage: Stage) -> None:
 async def _internal_delete(stage: Stage) -> None:
     await _create_internal(stage, "one")
     stage.guests(8)
-    for name in ("before", "one"):
-        stage.beside(partial(delete_snapshot, _image(stage), _find_internal(stage, name)))
+    image = _image(stage)
+    while snapshots := read_snapshots(image.storage, image.header):
+        stage.beside(partial(delete_snapshot, image, snapshots[0]))
         stage.guests(6)
 
 
 async def _internal_apply(stage: Stage) -> None:
     volume = stage.server.volumes["disk"]
-    values = await _create_internal(stage, "one")
+    snapshot, values = await _create_internal(stage, "one")
     stage.guests(8)
     with stage.becoming("disk", values):
         async with volume.drained():
             device = volume.chain.device
             assert isinstance(device, OverlayDisk)
-            unused = device.apply_snapshot(_find_internal(stage, "one"))
+            unused = device.apply_snapshot(snapshot)
             volume.adopt()
     stage.guests(4)
     stage.beside(partial(reclaim, _image(stage), unused))
