@@ -119,6 +119,7 @@ class ActiveCommit:
                 self._is_ready = True
                 self.on_ready()
             elif wanted:
+                self._chain.device.flush()  # the old top is saved when the disk is drained, too
                 return
             else:
                 passes = 0

@@ -12,7 +12,7 @@ from nbdq.ops.commit import Commit
 from nbdq.ops.control import Cancelled, Control
 from tests.ops.harness import Served, check, info, qcow2_paths, qemu_reads, served
 from tests.support.images import Image, Layer, Variant, build
-from tests.support.oracles import HOLE, map_extents, status_of_map
+from tests.support.oracles import HOLE, block_status, map_extents, status_of_map
 from tests.support.tools import requires, run
 from tests.support.variants import VARIANTS
 
@@ -331,6 +331,21 @@ def test_a_layer_that_was_committed_goes_on_protecting_its_other_overlays(tmp_pa
         assert qemu_reads(tmp_path / "sibling") == before
         with pytest.raises(OperationError, match=r"1\.qcow2"):
             ActiveCommit(disk.chain, base=1)
+
+
+@pytest.mark.parametrize("is_active", [False, True])
+def test_dirty_bitmaps_of_the_base_note_what_was_committed(tmp_path: Path, is_active: bool) -> None:
+    image = _chain(tmp_path, Layer("2M"), Layer("4M", ("write 1M 64k", "zero 3M 64k")), Layer("4M"))
+    run("qemu-img", "bitmap", "--add", "-g", "64k", image.paths[0], "bitmap")
+    with served(image) as disk:
+        disk.carry_out(ActiveCommit(disk.chain, base=2) if is_active else Commit(disk.chain, top=1, base=2))
+    bitmap = info(image.paths[0])["format-specific"]["data"]["bitmaps"]
+    assert bitmap == [{"flags": ["auto"], "name": "bitmap", "granularity": 65536}]
+    server = ["[", "qemu-nbd", "-r", "-f", "qcow2", "-B", "bitmap", str(image.paths[0]), "]"]
+    found = block_status(server, "qemu:dirty-bitmap:bitmap")
+    dirty = [(each.offset, each.length) for each in found if each.value and each.offset < 2 << 20]
+    assert dirty == [(1 << 20, 64 << 10)]  # what is behind the old end may count as changed
+    check(image.paths[0])
 
 
 def test_nonsense_is_refused_in_words(tmp_path: Path) -> None:
