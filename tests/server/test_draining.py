@@ -15,7 +15,7 @@ from nbdq.server import session
 from nbdq.server.export import Export
 from nbdq.server.limits import Limits
 from nbdq.server.threads import in_thread
-from tests.server.client import FLUSH, FUA, READ, WRITE, Background, Client
+from tests.server.client import FLUSH, FUA, READ, WRITE, Background, Client, handshake
 from tests.server.conftest import CONTENT
 from tests.server.harness import FileDisk, LoopServer, MemoryDisk, WritableDisk
 
@@ -164,6 +164,45 @@ def test_a_client_that_comes_while_the_disk_is_drained_is_served_by_the_new_one(
         server.call(lambda: None)
         drain.end()
         assert client.reply().data == OTHER[:512]
+
+
+def test_nothing_reaches_a_drained_disk_from_a_client_that_has_just_come(loop: str) -> None:
+    disk = WritableDisk(CONTENT, cached=False)
+    export = Export.writable("", disk)
+    with LoopServer(export, loop=loop) as server:
+        drain = Drain(server, export)
+        drain.wait_until_inside()
+        client = server.connect()
+        client.socket.sendall(handshake() + client.pack(READ, 0, 512))  # one is parsed with the handshake
+        client.finish_handshake()
+        client.send(WRITE, 512, 512, payload=bytes(512))
+        assert not drain.is_waiting
+        assert server.waiting_for_pool == 0
+        assert not disk.performed
+        drain.end()
+        assert {reply.error for reply in client.replies().values()} == {0}
+
+
+def test_nothing_reaches_a_drained_disk_from_a_client_that_reads_its_replies_at_last(
+    loop: str, old: WritableDisk
+) -> None:
+    """Its requests are in the server already, and waited only for their replies to have room."""
+    export = Export.writable("", old)
+    with LoopServer(export, loop=loop) as server:
+        client = server.connect().go()
+        for _ in range(6):
+            client.send(READ, 0, len(CONTENT))
+        assert server.connect().go().read(0, 512) == CONTENT[:512]
+        drain = Drain(server, export)
+        drain.wait_until_inside()
+        gathered = old.pieces_gathered
+        assert gathered < 6
+        for _ in range(gathered):
+            assert client.reply().data == CONTENT
+        assert not drain.is_waiting
+        assert old.pieces_gathered == gathered
+        drain.end()
+        assert all(reply.data == CONTENT for reply in client.replies().values())
 
 
 def test_replies_that_wait_in_files_are_true_although_the_files_change(loop: str, tmp_path: Path) -> None:
