@@ -6,6 +6,8 @@ import click
 
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.live import LiveChain
+from nbdq.chain.open import open_writable
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.resolve import backing_path, resolve_chain
 from nbdq.cli.options import Size
@@ -88,8 +90,8 @@ def commit_command(
                 operation.abort()
                 raise
             operation.finish()
-    if base is None and not drop:
-        _empty(image, policy)
+        if base is None and not drop:
+            _empty(image, policy, clusters)
     if isinstance(control, ShownControl):
         control.end()
     if not quiet:
@@ -115,15 +117,18 @@ def _find_base(chain: LiveChain, name: str) -> int:
     raise OperationError(f"Did not find {names}")
 
 
-def _empty(image: str, policy: Policy) -> None:
-    """Let the image hold nothing any more. Where that cannot be done it reads the same, and only takes space."""
+def _empty(image: str, policy: Policy, clusters: ClusterCache) -> None:
+    """Let the image hold nothing any more: at once if there is nothing else in it, or table by table."""
     (layer,) = resolve_chain(image, policy=policy, backing=[], describe=True, writable=True)
     with closing(layer.storage):
-        if layer.header is None or not can_make_empty(layer.storage, layer.header):
-            what = "has internal snapshots, bitmaps or a data file, or is a device"
-            _warn(f"{printable(image, 1024)} {what}, and still holds what was committed; make it anew to save space")
-        else:
+        assert layer.header is not None, "a raw image has no backing file"
+        if can_make_empty(layer.storage, layer.header):
             make_empty(layer.storage, layer.header)
+            return
+    disk = open_writable(image, format="qcow2", policy=policy, clusters=clusters, on_event=_warn)
+    with closing(disk):
+        assert isinstance(disk, OverlayDisk)
+        disk.make_empty()
 
 
 def _warn(text: str) -> None:

@@ -102,6 +102,7 @@ class ActiveCommit:
         if self._transfer is None:
             self._transfer = self._begin(control)
         assert self._writer is not None
+        assert self._image is not None
         size = self._chain.device.size
         for position in self._transfer.copy(self._position, size, control):
             self._position = position
@@ -119,7 +120,7 @@ class ActiveCommit:
                 self._is_ready = True
                 self.on_ready()
             elif wanted:
-                self._chain.device.flush()  # the old top is saved when the disk is drained, too
+                self._image.flush()  # the old top is saved when the disk is drained, too
                 return
             else:
                 passes = 0

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdq.errors import printable
 from tests.ops.harness import check, info, qemu_reads
 from tests.support.cli import nbdq, run_nbdq
 from tests.support.images import Image, Layer, Variant, build
+from tests.support.oracles import map_extents
 from tests.support.tools import execute, requires, run
 
 pytestmark = requires("qemu-img", "qemu-io")
@@ -79,13 +79,25 @@ def test_what_cannot_be_done_is_refused_in_the_words_of_qemu(image: Image, words
     assert ours.stderr.replace("nbdq:", "qemu-img:") == theirs.stderr
 
 
-def test_an_image_that_cannot_be_emptied_reads_as_before_and_is_told_of(image: Image) -> None:
-    run("qemu-img", "snapshot", "-c", "snapshot", image.top)
+@pytest.mark.parametrize(
+    "command",
+    [["snapshot", "-c", "snapshot"], ["bitmap", "--add", "--enable"]],
+    ids=["an internal snapshot", "a bitmap"],
+)
+def test_what_else_is_in_the_image_stays_there(image: Image, command: list[str]) -> None:
+    words = [*command, str(image.top), *(["bitmap"] if command[0] == "bitmap" else [])]
+    run("qemu-img", *words)
     before = qemu_reads(image.top)
-    done = run_nbdq("commit", image.top)
-    assert done.exit_code == 0
-    assert f"{printable(str(image.top), 1024)} has internal snapshots" in done.stderr
+    ours, theirs = _both(image)
+    _assert_alike(ours, theirs, "1.qcow2", "2.qcow2")
     assert qemu_reads(image.top) == qemu_reads(image.paths[1]) == before
+    named = [extent for extent in map_extents(image) if extent["depth"] == 0 and extent["present"]]
+    assert named == []
+    if command[0] == "bitmap":
+        assert [bitmap["name"] for bitmap in info(image.top)["format-specific"]["data"]["bitmaps"]] == ["bitmap"]
+    else:
+        run("qemu-img", "convert", "-l", "snapshot", "-O", "raw", image.top, image.directory / "flat")
+        assert (image.directory / "flat").read_bytes() == before
 
 
 def test_a_base_with_other_overlays_is_left_alone_unless_forced(image: Image) -> None:
