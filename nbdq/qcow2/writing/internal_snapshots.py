@@ -6,8 +6,8 @@ L2 tables that the disk has had so far, as they are; the disk gets copies, witho
 set, so that its next write to a shared cluster goes elsewhere, and shares the others. So who reads a snapshot from the
 file need not know of anything that happens to the disk, or to other snapshots.
 
-Costs are those of reading all L2 tables once or twice and of writing those that change, and all refcount blocks: vector
-operations, two to six bytes of memory for each cluster of the file.
+Costs are those of reading all L2 tables two or three times and of writing those that change, and all refcount blocks:
+vector operations, and some 15 bytes of memory for each cluster of the file.
 """
 
 import errno
