@@ -191,10 +191,12 @@ def restartable(layers: list[Path], tmp_path: Path) -> Iterator[Restartable]:
     server.server.kill()
 
 
-@pytest.mark.parametrize("ends", ["kill", "end"])
-@pytest.mark.parametrize("command", ["block-commit", "block-stream", "active"])
+@pytest.mark.parametrize(
+    ("command", "ends"),
+    [("block-commit", "kill"), ("block-commit", "end"), ("block-stream", "kill"), ("active", "kill")],
+)
 def test_a_job_goes_on_after_the_server_was_started_again(
-    restartable: Restartable, layers: list[Path], ends: str, command: str
+    restartable: Restartable, layers: list[Path], command: str, ends: str
 ) -> None:
     base, _middle, upper, _top = map(str, layers)
     arguments = {
