@@ -302,21 +302,28 @@ class Job:
             try:
                 await in_thread(self._operation.pivot)
                 try:
+                    if self._state.path is None:  # then what is left behind in images is all that outlives us
+                        await self._mark()
                     await in_thread(self._record_end)
                 except BaseException:
                     await in_thread(self._operation.revert)
                     raise
-                await self._mark()
+                if self._state.path is not None:
+                    await self._try_to_mark()
             finally:
                 volume.adopt()
 
     async def _mark(self) -> None:
-        """Protect a file that was the disk from being taken for it; not to be able to is no reason to go back."""
+        """Protect a file that was the disk from being taken for it."""
         if isinstance(self._operation, MarkingOperation):
-            try:
-                await in_thread(self._operation.mark)
-            except (ImageError, OSError) as error:
-                _log.warning("job %s could not mark the old top: %s", printable(self.id), _text(error))
+            await in_thread(self._operation.mark)
+
+    async def _try_to_mark(self) -> None:
+        """The same where not to be able to is no reason to go back."""
+        try:
+            await self._mark()
+        except (ImageError, OSError) as error:
+            _log.warning("job %s could not mark the old top: %s", printable(self.id), _text(error))
 
     def _record_end(self) -> None:
         volume = self.request.volume
