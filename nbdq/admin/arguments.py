@@ -142,11 +142,11 @@ def _converted(kind: Any, value: Any, where: str, spell: Callable[[str], str]) -
 
 
 def _check_text(value: str, where: str) -> None:
-    """Strings become file names and texts of headers, where neither of these can stand."""
+    """Strings become file names, in which neither of these can stand; bytes that are no UTF-8 are U+DC80 to U+DCFF."""
     if "\0" in value:
         raise InvalidArguments(f"Parameter '{where}' contains a NUL character")
     try:
-        value.encode()
+        value.encode(errors="surrogateescape")
     except UnicodeEncodeError:
         raise InvalidArguments(f"Parameter '{where}' is not valid Unicode") from None
 

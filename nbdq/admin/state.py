@@ -125,12 +125,12 @@ class State:
             StateError: the file is damaged, or of another version of the program.
             OSError: it cannot be read.
         """
-        self.path = path
+        self.path = None if path is None else os.path.realpath(path)  # a link stays one
         self._lock = threading.Lock()
         self._disks: dict[str, DiskRecord] = {}
         self._keys: dict[str, str] = {}
-        if path is not None and os.path.lexists(path):
-            self._disks = _read(path)
+        if self.path is not None and os.path.lexists(self.path):
+            self._disks = _read(self.path)
 
     def name_disk(self, name: str, image: str) -> DiskRecord:
         """Let ``name`` be the disk for which the command line names ``image``; return what is known about it."""
@@ -178,7 +178,7 @@ def hold(path: str) -> FileStorage:
         StateError: another server uses it.
         OSError: the file beside it cannot be made.
     """
-    beside = f"{path}.lock"
+    beside = f"{os.path.realpath(path)}.lock"
     with suppress(FileExistsError):
         FileStorage.create(beside, mode=0o600).close()
     storage = FileStorage.open(beside)

@@ -51,6 +51,18 @@ def test_a_disk_is_known_by_its_image_whatever_it_is_called_and_however_it_is_re
     assert record.top is not None
 
 
+def test_names_that_are_no_text_are_kept_as_they_are_and_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    overlay = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    state = _state(tmp_path / "link", "a")
+    with state.transaction() as changes:
+        changes.set_top("a", overlay, "qcow2")
+    again = _state(tmp_path / "state", "a").disk("a").top
+    assert again is not None
+    assert again.path == overlay
+    assert (tmp_path / "link").is_symlink()
+
+
 def test_a_disk_whose_first_image_is_the_top_again_leaves_no_record(tmp_path: Path) -> None:
     state = _state(tmp_path / "state", "a")
     for top in ("o.qcow2", "a.qcow2"):
