@@ -171,7 +171,7 @@ def map_differences(
     nbdq nothing (Z1). And whether data is known to be zero depends on holes of the file (P5), which are the file
     system's business. In ``excused`` clusters the one may have data where the other reads as zeros.
     """
-    for start, end, mine, other in _both(list(ours), list(theirs)):
+    for start, end, mine, other in both_extents(list(ours), list(theirs)):
         clusters = range(start // cluster_size, -(-end // cluster_size))
         alike = (mine["zero"] or other["zero"]) and excused.issuperset(clusters)
         if _told(mine) != _told(other) and not alike:
@@ -182,7 +182,7 @@ def _told(extent: dict[str, Any]) -> tuple[bool, int]:
     return (True, extent["depth"]) if extent["data"] else (False, extent["zero"])
 
 
-def _both(
+def both_extents(
     ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
 ) -> Iterable[tuple[int, int, dict[str, Any], dict[str, Any]]]:
     """(start, end, extent of the one, extent of the other) over all of the disk."""

@@ -1,0 +1,277 @@
+"""What happens to twins while they are served: actions that are nothing but a kind and a seed, so that any can be left
+out of a run and the others still mean something."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, TypeVar
+
+from nbdq.admin.client import AdminError
+from tests.random.live_sides import Daemon, Nbdq, Side
+from tests.support.images import Image
+from tests.support.operations import Operation, Verb, random_operations
+from tests.support.tools import run
+
+_Result = TypeVar("_Result")
+
+#: Disks do not grow beyond.
+_LARGEST_DISK = 8 << 20
+_BITMAPS = ("a", "b", "c")
+_SNAPSHOTS = ("x", "y")
+
+
+class Action(NamedTuple):
+    """One thing that happens; all that is not said by the state of the twins follows from the seed."""
+
+    kind: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.seed}"
+
+
+@dataclass
+class Twins:
+    """Two copies of a chain. Between rounds the images are at rest, and the servers are none."""
+
+    ours: Image
+    """The one that nbdq serves in this round."""
+    theirs: Image
+    sides: tuple[Nbdq, Daemon] = field(default_factory=lambda: (Nbdq(), Daemon()))
+    number: int = 0
+    """Of the guest's next operation."""
+    overlays: int = 0
+    excused: set[int] = field(default_factory=set)
+    """Sectors in which the one may have written zeros where the other did not; see :meth:`excuse`."""
+    told: list[str] = field(default_factory=list)
+    """What happened, in words."""
+
+    def both(self, act: Callable[[Side], _Result]) -> _Result | None:
+        """Let both do something; what they agree upon. None if both refuse.
+
+        Raises:
+            AssertionError: only one refuses, or they return different things.
+        """
+
+        def attempt(side: Side) -> tuple[_Result | None, str | None]:
+            try:
+                return act(side), None
+            except AdminError as error:
+                return None, f"{error}"
+
+        with ThreadPoolExecutor(2) as pool:
+            (mine, refusal), (other, their_refusal) = pool.map(attempt, self.sides)
+        self.told.append(f"    → {refusal or 'done'} | {their_refusal or 'done'}")
+        assert (refusal is None) == (their_refusal is None), (
+            f"nbdq: {refusal or 'done'}; QEMU: {their_refusal or 'done'}"
+        )
+        assert mine == other, f"nbdq: {mine!r}; QEMU: {other!r}"
+        return mine
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers' files, base first."""
+        return [path.name for path in self.sides[0].layers]
+
+    def facts(self, layer: int = -1) -> dict[str, Any]:
+        """What QEMU says of a layer of ours."""
+        return facts(self.sides[0].layers[layer])
+
+    def excuse(self, operation: Operation, top: dict[str, Any]) -> None:
+        """As :meth:`tests.random.twins.Twins.excuse`: zeros over zeros, at edges and in version 2."""
+        if operation.verb not in (Verb.ZERO, Verb.UNMAP, Verb.DISCARD):
+            return
+        size, end = top["cluster-size"], operation.offset + operation.length
+        if compat(top) == "0.10":
+            self._excuse(operation.offset, end, size)
+        for edge in (operation.offset, end):
+            if edge % size:
+                self._excuse(edge, edge, size)
+
+    def _excuse(self, start: int, end: int, size: int) -> None:
+        self.excused.update(range(start // size * size // 512, (end // size + 1) * size // 512))
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What QEMU says of one image, which may be in use."""
+    found: dict[str, Any] = json.loads(run("qemu-img", "info", "-U", "--output=json", path))
+    return found
+
+
+def compat(info: dict[str, Any]) -> str:
+    """The version of a qcow2 image; empty for others."""
+    if info["format"] != "qcow2":
+        return ""
+    found: str = info["format-specific"]["data"]["compat"]
+    return found
+
+
+def _operations(twins: Twins, random: Random, count: int, *, only_writes: bool = False) -> Callable[[Side], Any]:
+    top = twins.facts()
+    size, cluster_size = top["virtual-size"], top.get("cluster-size", 65536)
+    operations = [
+        operation
+        for operation in random_operations(
+            random.randrange(1 << 32), count, size=size, cluster_size=cluster_size, number=twins.number
+        )
+        if not only_writes or operation.verb in (Verb.WRITE, Verb.FLUSH)
+    ]
+    twins.number += count
+    for operation in operations:
+        twins.excuse(operation, {"cluster-size": 65536, **top})
+        twins.say(f"    {operation}")
+    return lambda side: side.guest(operations)
+
+
+def _guest(twins: Twins, random: Random) -> None:
+    twins.both(_operations(twins, random, random.randrange(1, 12)))
+
+
+def _meanwhile(twins: Twins, random: Random) -> Callable[[Side], Any]:
+    if random.random() < 0.5:
+        return lambda side: None
+    return _operations(twins, random, 4, only_writes=True)
+
+
+def _overlay(twins: Twins, random: Random) -> tuple[str, int | None]:
+    """An empty overlay on both sides, and its cluster size if nbdq is to make it itself."""
+    name = f"s{twins.overlays}.qcow2"
+    twins.overlays += 1
+    itself = random.random() < 0.4
+    cluster_size = random.choice((512, 4096, 16384, 65536, 65536, 262144))
+    options = [f"cluster_size={cluster_size}"]
+    if not itself:
+        old = random.random() < 0.15
+        options.append(f"compat={'0.10' if old else '1.1'}")
+        if not old:
+            options.append(f"refcount_bits={random.choice((1, 8, 16, 64))}")
+            if cluster_size >= 16384 and random.random() < 0.4:
+                options.append("extended_l2=on")
+    top = twins.facts()
+    for side in twins.sides:
+        below = side.layers[-1]
+        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", below, "-F", top["format"]]
+        run(*command, "-o", ",".join(options), below.with_name(name), str(top["virtual-size"]))
+    twins.say(f"    {name} {','.join(options)}{' by nbdq' * itself} over {below.name}")
+    return name, cluster_size if itself else None
+
+
+def _snapshot(twins: Twins, random: Random) -> None:
+    if len(twins.layers) < 6:
+        name, cluster_size = _overlay(twins, random)
+        twins.both(lambda side: side.snapshot(name, cluster_size=cluster_size, more=[]))
+
+
+def _transaction(twins: Twins, random: Random) -> None:
+    """Actions on bitmaps, of which one may fail, and often a snapshot with them."""
+    chosen = [random.choice(("add", "clear", "enable", "disable")) for _ in range(random.randrange(1, 4))]
+    named = [(verb, random.choice(_BITMAPS)) for verb in chosen]
+    twins.say(f"    {named}")
+
+    def actions(side: Side) -> list[dict[str, Any]]:
+        return [
+            {"type": f"block-dirty-bitmap-{verb}", "data": {"node": side.node, "name": name}} for verb, name in named
+        ]
+
+    if random.random() < 0.4 and len(twins.layers) < 6:  # as the last action: QEMU 7.2 breaks down if it has to undo it
+        name, cluster_size = _overlay(twins, random)
+        twins.both(lambda side: side.snapshot(name, cluster_size=cluster_size, more=actions(side)))
+        if name not in twins.layers:
+            for side in twins.sides:
+                side.layers[-1].with_name(name).unlink(missing_ok=True)
+    else:
+        twins.both(lambda side: side("transaction", actions=actions(side)))
+
+
+def _commit(twins: Twins, random: Random) -> None:
+    if len(twins.layers) < 3:
+        return
+    base, top = sorted(random.sample(range(len(twins.layers) - 1), 2))
+    twins.say(f"    {twins.layers[top]} into {twins.layers[base]}")
+    during = _meanwhile(twins, random)
+    twins.both(lambda side: side.commit(top, base, during))
+
+
+def _active_commit(twins: Twins, random: Random) -> None:
+    if len(twins.layers) < 2:
+        return
+    base, top = random.randrange(len(twins.layers) - 1), len(twins.layers) - 1
+    twins.say(f"    {twins.layers[top]} into {twins.layers[base]}")
+    during = _meanwhile(twins, random)
+    twins.both(lambda side: side.commit(top, base, during))
+
+
+def _stream(twins: Twins, random: Random) -> None:
+    if len(twins.layers) < 2:
+        return
+    layer = len(twins.layers) - 1 if random.random() < 0.6 else random.randrange(1, len(twins.layers))
+    base = None if random.random() < 0.4 else random.randrange(layer)
+    twins.say(f"    to {twins.layers[layer]} from above {twins.layers[base] if base is not None else None}")
+    during = _meanwhile(twins, random)
+    twins.both(lambda side: side.stream(layer, base, during))
+
+
+def _resize(twins: Twins, random: Random) -> None:
+    size = twins.facts()["virtual-size"]
+    new = size + random.randrange(-200, 2000) * 512 if random.random() < 0.8 else random.randrange(_LARGEST_DISK)
+    new = max(0, min(new, _LARGEST_DISK)) // 512 * 512
+    twins.say(f"    {size} → {new}")
+    if twins.both(lambda side: side.resize(new) or True) and new < size:
+        twins.excused.update(range(new // 512, size // 512 + 1))
+
+
+def _bitmap(twins: Twins, random: Random) -> None:
+    verb = random.choice(("add", "add", "add", "remove", "clear", "enable", "disable", "merge"))
+    arguments: dict[str, Any] = {"name": random.choice(_BITMAPS)}
+    if verb == "add":
+        arguments |= {"persistent": random.random() < 0.7, "disabled": random.random() < 0.2}
+        if random.random() < 0.6:
+            arguments["granularity"] = random.choice((512, 4096, 65536, 1 << 20))
+    elif verb == "merge":  # nbdq also finds sources below the top
+        arguments = {"target": arguments["name"], "bitmaps": random.choices(_BITMAPS, k=random.randrange(1, 3))}
+    twins.say(f"    {verb} {arguments}")
+    twins.both(lambda side: side(f"block-dirty-bitmap-{verb}", node=side.node, **arguments))
+
+
+def _digests(twins: Twins, random: Random) -> None:
+    for name in _BITMAPS:
+        twins.both(lambda side, name=name: side.digest(name))
+
+
+def _internal(twins: Twins, random: Random) -> None:
+    name = random.choice(_SNAPSHOTS)
+    verb = random.choice(("blockdev-snapshot-internal-sync", "blockdev-snapshot-delete-internal-sync"))
+    twins.say(f"    {verb} {name}")
+    twins.both(lambda side: side(verb, device=side.node, name=name) and None)
+
+
+ACTIONS: dict[str, Callable[[Twins, Random], None]] = {
+    "guest": _guest,
+    "snapshot": _snapshot,
+    "transaction": _transaction,
+    "commit": _commit,
+    "active commit": _active_commit,
+    "stream": _stream,
+    "resize": _resize,
+    "bitmap": _bitmap,
+    "digests": _digests,
+    "internal snapshot": _internal,
+}
+WEIGHTS = {
+    "guest": 40,
+    "snapshot": 16,
+    "transaction": 6,
+    "commit": 9,
+    "active commit": 6,
+    "stream": 9,
+    "resize": 6,
+    "bitmap": 12,
+    "digests": 6,
+    "internal snapshot": 6,
+}
