@@ -18,7 +18,10 @@ from nbdq.ops.control import Control
 
 
 class Operation(Protocol):
-    """Work on one disk: long while it is served, then a short change of its structure."""
+    """Work on one disk: long while it is served, then a short change of its structure.
+
+    Nobody else changes structure or size of the disk from the making of the operation to its end.
+    """
 
     def run(self, control: Control) -> None:
         """Do the long part; the disk is served meanwhile.
