@@ -175,6 +175,7 @@ class Nbdq(Side):
         top = self.layers.pop(-2)
         self.qmp("block-commit", device="disk", job_id="job", top=str(top), base=str(self.layers[-2]))
         self.qmp.wait_for("job")
+        top.unlink()  # else the next commit is refused: it would damage an overlay
 
     def commit_active(self) -> None:
         self.snapshot()
@@ -182,12 +183,14 @@ class Nbdq(Side):
         top = self.layers.pop()
         self.qmp("block-commit", device="disk", job_id="job", top=str(top), base=str(self.layers[-1]))
         self.qmp.wait_for("job", complete=True)
+        top.unlink()
 
     def stream(self) -> None:
         self.snapshot()
-        self.layers.pop(-2)
+        dropped = self.layers.pop(-2)
         self.qmp("block-stream", device="disk", job_id="job", base=str(self.layers[-2]))
         self.qmp.wait_for("job")
+        dropped.unlink()
 
     @property
     def own_operations(self) -> dict[str, Callable[[], None]]:
