@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,7 +159,8 @@ class AdminServer:
             del COMMANDS[name]
 
     def quit(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with suppress(RuntimeError):  # it has stopped by itself
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """What a coroutine returns on the server's loop."""
