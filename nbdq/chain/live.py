@@ -180,6 +180,7 @@ class LiveChain:
 
     def slice(self, first: int, last: int) -> ChainDisk:
         """Layers ``first`` to ``last`` as a disk of its own, as they are in their files. Never to be closed."""
+        assert first or self.read_only, "the top is not as it is in its file"
         return self._disk([self._reader(layer) for layer in self._layers[first : last + 1]])
 
     def _disk(self, layers: Sequence[Layer]) -> ChainDisk:
@@ -321,7 +322,7 @@ class LiveChain:
             ImageError, OSError: it cannot be opened; the disk is as it was, but can no longer be written to.
         """
         layer, before = self._layers[0], self.device
-        with or_never_written(layer.storage):
+        with or_never_written(layer.storage, "it was changed, and could not be opened anew"):
             if layer.header is not None:
                 layer = replace(layer, header=read_header(layer.storage))
             self.device = self._open_disk(layer, self._layers[1:])

@@ -41,10 +41,10 @@ def _use_bitmaps_again(disk: OverlayDisk, on_event: Callable[[str], None]) -> No
 
 
 @contextmanager
-def or_never_written(storage: FileStorage) -> Iterator[None]:
-    """Inside, an image is opened anew that somebody has changed: else who knew it as it was must not write to it."""
+def or_never_written(storage: FileStorage, why: str) -> Iterator[None]:
+    """If what is done inside fails, nothing is written to the file any more: what is in memory is not to be trusted."""
     try:
         yield
     except BaseException:
-        storage.give_up("it was changed, and could not be opened anew")
+        storage.give_up(why)
         raise

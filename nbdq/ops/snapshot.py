@@ -6,7 +6,6 @@ mistake. A crash before the record leaves the old top in charge and an empty fil
 """
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from nbdq.chain.create import create_qcow2
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import ResolvedLayer
+from nbdq.chain.sealing import or_never_written
 from nbdq.errors import OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.qcow2.create import CreateOptions
@@ -140,25 +140,34 @@ class ExternalSnapshot:
         """Let the old top be the top again; nothing has been written to the overlay since :meth:`pivot`.
 
         Raises:
-            ImageError, OSError: it cannot be opened any more.
+            ImageError, OSError: it cannot be opened any more. The overlay stays, but nobody can write to it: whoever
+                starts the server again finds the old top.
         """
-        old = self._chain.layers[1]
-        if old.header is not None and old.header.overlay_marker is not None:
-            set_overlay_marker(old.storage, old.header, None)
-            self._chain.refresh(1)
-        self._chain.rearrange(self._chain.layers[1:])
+        new, old = self._chain.layers[:2]
+        with or_never_written(new.storage, "the snapshot could not be taken back"):
+            if old.header is not None and old.header.overlay_marker is not None:
+                set_overlay_marker(old.storage, old.header, None)
+                self._chain.refresh(1)
+            self._chain.rearrange(self._chain.layers[1:])
         carry_over_bitmaps(self._old_device, self._chain.device)
 
     def finish(self) -> None:
         """Nothing is left to be done."""
 
     def abort(self) -> None:
-        """Remove what was made. Idempotent."""
+        """Remove what was made. Idempotent.
+
+        Raises:
+            OperationError: :meth:`revert` has failed.
+            OSError: it cannot be removed, but is closed; no disk knows of it.
+        """
+        if self._new is not None and self._new.storage is self._chain.layers[0].storage:
+            what = f"{printable(self._plan.path, 1024)} is the top of the disk, and should not be"
+            raise OperationError(f"{what}; nothing is written to it; start the server again")
         if self._new is not None:
             self._chain.drop([self._new])
             self._new = None
         if self._made:
             self._made = False
-            with suppress(OSError):  # it is empty, and no disk knows of it
-                os.unlink(self._plan.path)
-                sync_directory_of(self._plan.path)
+            os.unlink(self._plan.path)
+            sync_directory_of(self._plan.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from nbdq.ops.control import Control
 from nbdq.ops.snapshot import ExternalSnapshot, SnapshotPlan
 from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
+
+_log = logging.getLogger(__name__)
 
 _SUPPORTED_FORMAT = "qcow2"
 
@@ -107,7 +110,11 @@ class SnapshotAction:
         await in_thread(self._abandon)
 
     def _abandon(self) -> None:
-        self._operation.abort()
+        try:
+            self._operation.abort()
+        except (OperationError, OSError) as error:
+            _log.warning("%s: %s; the next start of the server removes it", self.what, error)
+            return
         with self._state.transaction() as changes:
             changes.remove_pending(self.volume.name, self._plan.path)
 
