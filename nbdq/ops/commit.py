@@ -86,7 +86,7 @@ class Commit:
         layers = chain.layers
         self._chain = chain
         self._top, self._base = layers[top].storage, layers[base].storage
-        self._visible = min(chain.slice(index, index).size for index in range(top))
+        self._visible = min([chain.device.size, *(chain.slice(index, index).size for index in range(1, top))])
         self._repoint = Repoint(chain, top - 1, layers[base:], name=backing_file)
         self._position = start
         self._directories = directories

@@ -131,6 +131,16 @@ class TestSizes:
         assert qemu_reads(image.top) == before
         assert info(image.paths[0])["virtual-size"] == 4 << 20
 
+    def test_nor_does_it_when_the_disk_has_grown_since_a_commit_was_first_looked_at(self, tmp_path: Path) -> None:
+        image = _chain(tmp_path, _FULL, Layer("1M", ("write 0 64k",)), Layer("1M", ("write 64k 64k",)))
+        with served(image) as disk:
+            Commit(disk.chain, top=1, base=2)
+            disk.device.grow(4 << 20)
+            before = disk.read()
+            disk.carry_out(Commit(disk.chain, top=1, base=2))
+            assert disk.read() == before
+        assert qemu_reads(image.top) == before
+
     def test_an_active_commit_into_a_longer_base_never_cuts_it_off(self, tmp_path: Path) -> None:
         image = _chain(tmp_path, _FULL, Layer("1M", ("write 0 64k",)))
         old = qemu_reads(image.paths[0])
