@@ -240,13 +240,6 @@ class Volume:
         del self._shown[export.id]
         self._retired.add(export.counters)
 
-    # What others must leave alone while it is shown.
-
-    def shown_layers(self) -> set[str]:
-        """Layers that exports show, or snapshots of which, by the names that they were given: not to be written to, nor
-        to be taken out of the chain."""
-        return {shown.view.layer for shown in self._shown.values() if shown.view.layer is not None}
-
     # Numbers.
 
     def counters(self) -> Counters:

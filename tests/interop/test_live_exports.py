@@ -305,3 +305,23 @@ def test_admin_commands_with_nonsense_change_nothing(disk: Path) -> None:
         assert names(server) == ["disk"]
         with connect(server) as client:
             assert client.read(0, 512) == b"\1" * 512
+
+
+def test_an_internal_snapshot_is_not_shown_while_a_job_changes_what_it_lies_over(disk: Path) -> None:
+    run("qemu-img", "snapshot", "-c", "monday", disk)
+    show = {"type": "nbd", "id": "s", "node_name": "disk", "name": "s", "x_nbdq_snapshot": "monday"}
+    with administered(disk) as server:
+        for job in ({"command": "block-commit"}, {"command": "block-stream", "auto_finalize": False}):
+            server(**job, device="disk", job_id="job")
+            assert "in use by job 'job'" in server.refusal("block-export-add", **show)
+            server("job-cancel", id="job")
+            while server("query-jobs"):
+                pass
+        server("block-export-add", **show)
+        for command, more in (
+            ("block-commit", {}),
+            ("block-stream", {}),
+            ("x-nbdq-rebase", {"backing_file": ""}),
+        ):
+            assert "is shown by an export" in server.refusal(command, device="disk", **more)
+        assert "verification failed" not in qemu_io(server, "read -P 1 0 1M", export="s")

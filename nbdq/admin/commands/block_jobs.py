@@ -181,7 +181,7 @@ async def stream(context: Context, arguments: StreamArguments) -> Reply:
         base = _layer(context, chain, "bottom", arguments.bottom, None, default=0) + 1
     else:
         base = _layer(context, chain, "base", arguments.base, arguments.base_node, default=len(chain.layers))
-    _refuse_shown(volume, index + 1, base - 1)
+    _refuse_shown(volume, index + 1, base - 1, filled=index)
     paths = {"layer": chain.layers[index].path}
     if arguments.bottom is not None:
         paths["bottom"] = chain.layers[base - 1].path
@@ -219,7 +219,7 @@ async def rebase(context: Context, arguments: RebaseArguments) -> Reply:
     index = _layer(context, chain, "layer", arguments.layer, None, default=0)
     if arguments.backing_file and arguments.backing_format is None:
         raise OperationError("backing format must be specified")
-    _refuse_shown(volume, index + 1, len(chain.layers) - 1)
+    _refuse_shown(volume, index + 1, len(chain.layers) - 1, filled=index)
     layer = chain.layers[index].path
 
     def make() -> Operation:  # the layer may have another place by now
@@ -279,15 +279,19 @@ def _layer(context: Context, chain: LiveChain, what: str, path: str | None, node
     return default if name is None else chain.index_of(name)
 
 
-def _refuse_shown(volume: Volume, first: int, last: int) -> None:
-    """Leave alone what exports show as it is."""
-    for name in volume.shown_layers():
+def _refuse_shown(volume: Volume, first: int, last: int, *, filled: int | None = None) -> None:
+    """Leave alone what exports show as it is: layers, and internal snapshots of the layer ``filled``, which lie over
+    what is below it, and take nothing over."""
+    for export in volume.exports:
+        view = volume.view_of(export)
+        if view.layer is None:
+            continue
         try:
-            index = volume.chain.index_of(name)
+            index = volume.chain.index_of(view.layer)
         except NotFound:
             continue
-        if first <= index <= last:
-            raise OperationError(f"{printable(name, 1024)} is shown by an export; delete that first")
+        if first <= index <= last or (index == filled and view.snapshot is not None):
+            raise OperationError(f"{printable(view.layer, 1024)} is shown by an export; delete that first")
 
 
 def _recorder(context: Context, name: str, job_id: str) -> Callable[[int], None]:

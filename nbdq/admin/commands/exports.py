@@ -79,10 +79,11 @@ async def add(context: Context, arguments: ExportAdd) -> Reply:
         discard=arguments.x_nbdq_discard == "unmap",
         detect_zeroes=DetectZeroes(arguments.x_nbdq_detect_zeroes),
     )
-    if view.layer is None:
+    if view == View():
         await volume.add(wish)
         return None
-    layers = frozenset(layer.path for layer in volume.chain.layers[volume.chain.index_of(view.layer) :])
+    index = 0 if view.layer is None else volume.chain.index_of(view.layer)
+    layers = frozenset(layer.path for layer in volume.chain.layers[index:])
     with context.jobs.exclusive(volume, "an export that begins", layers, shared=True):
         await volume.add(wish)
     return None
