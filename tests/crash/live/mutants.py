@@ -202,6 +202,11 @@ MUTANTS: dict[str, Mutant] = {
     "header before copy": Mutant(
         "the header above the committed layers is changed when all is copied (R-60)", _repointed_first, "a commit"
     ),
+    "bitmaps of the base not in use": Mutant(
+        "the bitmaps of a base are durably in use before anything is committed into it (R-57)",
+        _deaf(*_SYNC, ("nbdq.qcow2.bitmaps.storing", ["declare_in_use", "_rewrite_directory", "write_autoclear"])),
+        "a commit into a base with a bitmap",
+    ),
     "name not synced": Mutant(
         "a backing name is durable before the header points to it (R-55)",
         _deaf(*_SYNC, ("nbdq.qcow2.header_area", ["_place_name"])),

@@ -22,7 +22,7 @@ from tests.support.tools import requires
 pytestmark = requires("qemu-img", "qemu-io")
 
 #: Of each scenario; about 1500 of all.
-_STATES = 36
+_STATES = 27
 _STATES_FOR_A_MUTANT = 2000
 _STATES_OF_A_RUN = 60
 #: Of the calls of an operation, how many fail: every so manieth. A prime, whatever the rhythm of the calls.
