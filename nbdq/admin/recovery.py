@@ -15,6 +15,9 @@ from nbdq.storage import FileStorage, sync_directory_of
 
 _log = logging.getLogger(__name__)
 
+#: The first cluster of an overlay that is being made holds nothing; that of a raw disk rarely does.
+_BEGIN = 64 << 10
+
 
 def remove_pending_overlays(state: State, name: str, used: Collection[str]) -> None:
     """Remove overlays that were made for the disk ``name`` but never became its top, if nothing was written to them.
@@ -46,9 +49,9 @@ def _is_empty(path: str) -> bool:
     with closing(FileStorage.open(path)) as storage:
         if storage.is_block_device:
             return False
-        magic = storage.read(0, len(MAGIC))
-        if magic != MAGIC:
-            return not any(magic)
+        begin = storage.read(0, _BEGIN)
+        if not begin.startswith(MAGIC):
+            return not any(begin)
         header = read_header(storage)
         if header.snapshot_count or header.bitmaps is not None:
             return False

@@ -182,8 +182,10 @@ def test_an_overlay_that_somebody_uses_or_has_written_to_stays(
         run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
     run("qemu-io", "-c", "write 0 64k", written)
     foreign.write_text("my diary")
-    state = _pending(tmp_path, used, written, foreign)
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1024) + b"a file system" * 10)
+    state = _pending(tmp_path, used, written, foreign, disk)
     remove_pending_overlays(state, "a", {str(base), str(used)})
-    assert {path.name for path in tmp_path.iterdir()} == {"a.qcow2", "state", "used", "written", "foreign"}
-    assert caplog.text.count("stays") == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"a.qcow2", "state", "used", "written", "foreign", "disk"}
+    assert caplog.text.count("stays") == 4
     assert state.disk("a").pending == []

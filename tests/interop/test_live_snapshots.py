@@ -109,6 +109,14 @@ def test_an_overlay_that_is_there_already_is_taken_if_that_is_asked_for(disk: Pa
     assert len(chain(overlay)) == 2
 
 
+def test_nothing_that_was_there_is_recorded_as_ours_to_be_removed_after_a_crash(disk: Path, tmp_path: Path) -> None:
+    other, state = tmp_path / "other.raw", tmp_path / "state"
+    other.write_bytes(bytes(1 << 20))
+    with administered("--state", state, disk) as server:
+        assert "exists already" in server.refusal("blockdev-snapshot-sync", device="disk", snapshot_file=str(other))
+        assert not state.exists()
+
+
 @pytest.mark.parametrize("place", ["/nbdq-test.qcow2", "../elsewhere.qcow2"])
 def test_no_overlay_is_made_outside_of_the_allowed_directories(disk: Path, place: str) -> None:
     target = disk.parent / place

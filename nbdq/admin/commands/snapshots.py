@@ -15,7 +15,7 @@ from nbdq.admin.context import Context
 from nbdq.admin.registry import Reply, command
 from nbdq.admin.state import Changes, State
 from nbdq.admin.transaction import Action, carry_out
-from nbdq.errors import OperationError, printable
+from nbdq.errors import ImageError, OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.ops.snapshot import ExternalSnapshot, SnapshotPlan
 from nbdq.server.threads import in_thread
@@ -77,6 +77,8 @@ class SnapshotAction:
 
     def _prepare(self) -> None:
         if not self._plan.existing:
+            if os.path.lexists(self._plan.path):  # asked now, for what is recorded may be removed after a crash
+                raise ImageError(self._plan.path, "exists already", "choose another name")
             with self._state.transaction() as changes:
                 changes.add_pending(self.volume.name, self._plan.path)
         try:
