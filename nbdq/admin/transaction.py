@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from nbdq.admin.state import Changes, State
 from nbdq.errors import NbdqError
 from nbdq.server.threads import in_thread
+from nbdq.server.volume import all_drained
 
 if TYPE_CHECKING:
     from nbdq.admin.context import Context
@@ -87,10 +88,8 @@ async def carry_out(context: Context, actions: Sequence[Action]) -> None:
             for action in actions:
                 await action.prepare()
                 prepared.append(action)
-            async with AsyncExitStack() as drained:
-                begun = monotonic()
-                for name in sorted(volumes):
-                    await drained.enter_async_context(volumes[name].drained())
+            begun = monotonic()
+            async with all_drained(volumes.values()):
                 await _apply(actions, context.state)
             _log.info("%s: paused for %.1f ms", actions[0].what, (monotonic() - begun) * 1000)
         except BaseException:

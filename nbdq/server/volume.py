@@ -5,7 +5,6 @@ The place where the live structure of a disk meets its clients: whoever changes 
 """
 
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,14 +58,9 @@ class _Shown:
 class Volume:
     """One disk under a name. Owns its chain until :meth:`close`. Loop thread only, but for that."""
 
-    def __init__(self, name: str, chain: LiveChain, directory: Exports, *, key: str | None = None) -> None:
-        """``directory`` is the server's, into which the volume's exports are put.
-
-        Args:
-            key: what the state file knows the disk by, whatever its top is now; the top's real path by default.
-        """
+    def __init__(self, name: str, chain: LiveChain, directory: Exports) -> None:
+        """``directory`` is the server's, into which the volume's exports are put."""
         self.name = name
-        self.key = os.path.realpath(chain.path) if key is None else key
         self.chain = chain
         self.gate = Gate()
         self._directory = directory
