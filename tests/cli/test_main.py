@@ -56,7 +56,7 @@ def test_help_lists_every_command_with_what_it_does(option: str) -> None:
     result = run_nbdq(option)
     assert result.exit_code == 0
     listed = result.stdout.partition("Commands:\n")[2].splitlines()
-    assert [line.split()[0] for line in listed] == ["amend", "check", "commit", "create", "info", "map", "serve"]
+    assert [line.split()[0] for line in listed] == ["amend", "check", "commit", "create", "ctl", "info", "map", "serve"]
     assert all(len(line.split()) > 3 for line in listed)
 
 
