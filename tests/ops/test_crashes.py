@@ -36,7 +36,7 @@ from tests.support.tools import execute, requires
 pytestmark = requires("qemu-img", "qemu-io")
 
 _HABITS = Habits(write=60, zero=8, zero_mapped=4, discard=10, flush=18, largest=24, aligned_to=8)
-_STATES = 150
+_STATES = 80
 _PER_CUT = 6
 #: Every how many states QEMU is asked as well.
 _QEMU = 10
