@@ -89,8 +89,8 @@ class Gate:
         self._roots = (*self._named_roots, os.path.realpath(os.path.dirname(top)))
 
     def admits(self, path: str) -> bool:
-        """Whether a file may be made at ``path``: its directory is an allowed one or beneath one, links followed."""
-        place = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        """Whether a file may be made or taken at ``path``: all links followed, it lies beneath an allowed directory."""
+        place = os.path.realpath(path)
         return any(_is_beneath(place, root) for root in self._roots)
 
     def open(self, reference: Reference, *, writable: bool = False) -> FileStorage:
