@@ -2,13 +2,14 @@
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdq.admin.client import AdminError, Client
-from tests.support.administration import Administered, administered, chain, check, qemu_io
+from tests.support.administration import Administered, administered, chain, check, qemu_io, verified_load
 from tests.support.serving import PATIENCE, Server
 from tests.support.tools import requires, run
 
@@ -159,6 +160,31 @@ def test_a_second_operation_on_a_disk_is_refused_with_the_name_of_the_first(laye
         qemu_io(server, *READS)
     assert _names(layers[-1]) == ["top.qcow2", "upper.qcow2", "middle.qcow2", "base.qcow2"]
     check(*layers)
+
+
+@requires("fio")
+def test_clients_notice_nothing_of_commits_and_streams_under_load(tmp_path: Path) -> None:
+    disk, overlays = tmp_path / "disk.qcow2", [tmp_path / f"overlay-{number}.qcow2" for number in range(3)]
+    run("qemu-img", "create", "-q", "-f", "qcow2", disk, "64M")
+    run("qemu-io", "-c", "write -P 1 0 4M", disk)
+    with administered(disk) as server:
+        with verified_load(server, disk):
+            for overlay in overlays:
+                server("blockdev-snapshot-sync", device="disk", snapshot_file=str(overlay))
+            server("block-commit", device="disk", top=str(overlays[1]), base=str(overlays[0]))
+            server.wait_for_jobs()
+            server("block-stream", device="disk", base=str(disk))
+            server.wait_for_jobs()
+            assert str(overlays[0]) in server.refusal("block-commit", device="disk", base=str(disk))
+            overlays[0].unlink()  # it has dropped out, but still lies over the disk
+            server("block-commit", device="disk", base=str(disk))
+            while server("query-jobs")[0]["status"] != "ready":
+                time.sleep(0.01)
+            server("job-complete", id="disk")
+            server.wait_for_jobs()
+        qemu_io(server, "read -P 1 0 4M")
+        assert [block["inserted"]["file"] for block in server("query-block")] == [str(disk)]
+    check(disk)
 
 
 class Restartable:
