@@ -16,6 +16,7 @@ from nbdq.chain.bitmaps import bitmaps_of, carry_over_bitmaps
 from nbdq.chain.live import LiveChain
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.resolve import ResolvedLayer
+from nbdq.chain.sealing import or_never_written
 from nbdq.errors import ImageError
 from nbdq.ops.commit import check_range, mark_committed, move_mark
 from nbdq.ops.control import Control
@@ -191,8 +192,14 @@ class ActiveCommit:
         mark_committed(self._chain, self._out[0], self._chain.layers[0])
 
     def revert(self) -> None:
-        """Let the old top be the active layer again; nothing has been written since the pivot."""
-        self._chain.rearrange(self._layers)
+        """Let the old top be the active layer again; nothing has been written since the pivot.
+
+        Raises:
+            ImageError, OSError: it cannot be opened any more. The base stays, but nobody can write to it: whoever
+                starts the server again finds the old top.
+        """
+        with or_never_written(self._chain.layers[0].storage, "the commit could not be taken back"):
+            self._chain.rearrange(self._layers)
         self._out = []
         carry_over_bitmaps(self._device, self._chain.device)
         assert isinstance(self._chain.device, OverlayDisk), "it was one before"
@@ -201,11 +208,13 @@ class ActiveCommit:
     def finish(self) -> None:
         """Close the layers that have dropped out; their files stay as they are."""
         assert self._writer is not None
-        self._writer.release()
-        for layer in self._out[1:]:
-            with suppress(ImageError, OSError):  # somebody reads it
-                mark_committed(self._chain, layer, self._chain.layers[0])
-        self._chain.drop(self._out)
+        try:
+            self._writer.release()
+            for layer in self._out[1:]:
+                with suppress(ImageError, OSError):  # somebody reads it
+                    mark_committed(self._chain, layer, self._chain.layers[0])
+        finally:
+            self._chain.drop(self._out)
 
     def abort(self) -> None:
         """Release the base; the disk is drained.

@@ -1,5 +1,6 @@
 """Commits: the disk reads the same before, meanwhile and after; what is left behind is what QEMU would leave."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import pytest
 
 from nbdq.errors import ChainError, ImageLocked, OperationError
+from nbdq.locks import READER, lock_image
 from nbdq.ops.active_commit import ActiveCommit
 from nbdq.ops.commit import Commit
 from nbdq.ops.control import Cancelled, Control
+from nbdq.storage import FileStorage
 from tests.ops.harness import Served, check, info, qcow2_paths, qemu_reads, served
 from tests.support.images import Image, Layer, Variant, build
 from tests.support.oracles import HOLE, block_status, map_extents, status_of_map
@@ -223,6 +226,26 @@ class TestCompressedClusters:
             disk.carry_out(Commit(disk.chain, top=1, base=3))
             assert disk.read() == before
         assert qemu_reads(image.top) == before
+
+
+def test_nobody_writes_to_a_base_that_is_not_recorded_as_the_disk_and_cannot_be_left(tmp_path: Path) -> None:
+    image = _chain(tmp_path, *_THREE[:2])
+    disk = served(image)
+    before = disk.read()
+    operation = ActiveCommit(disk.chain, base=1)
+    operation.complete()
+    operation.run(Control())
+    operation.pivot()
+    with contextlib.closing(FileStorage.open(str(image.top))) as other:
+        lock_image(other.descriptor, other.path, READER)
+        with pytest.raises(ImageLocked):
+            operation.revert()
+    with pytest.raises(OSError, match="could not be taken back"):
+        disk.device.write(0, memoryview(b"x" * 512))
+    assert disk.read() == before
+    with contextlib.closing(disk.clusters), pytest.raises(OSError, match="could not be taken back"):
+        disk.chain.close()
+    assert qemu_reads(image.top) == before
 
 
 @pytest.mark.parametrize(
