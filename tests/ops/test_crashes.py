@@ -10,12 +10,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from nbdq.chain.clusters import ClusterCache
-from nbdq.chain.live import LiveChain
+from nbdq.chain.live import LiveChain, LowerLayer
 from nbdq.chain.open import open_disk
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.ops import active_commit, commit, transfer
 from nbdq.ops.active_commit import ActiveCommit
 from nbdq.ops.commit import Commit
@@ -146,15 +148,15 @@ def _states(recording: _Recording, generator: random.Random) -> Iterator[tuple[i
                 yield entry.begun, materialise(moment, fates)
 
 
-def _explore(name: str, chain: str, seed: int) -> str | None:
+def _explore(make: Callable[[LiveChain], Operation], chain: str, seed: int) -> str | None:
     """What is wrong with a state, if any is."""
-    generator = random.Random(f"{name} {chain} {seed}")
+    generator = random.Random(f"{chain} {seed}")
     with scratch() as directory:
         images = directory / "images"
         images.mkdir()
         build(images, "layer", CHAINS[chain], number=1)
         paths = [images / f"layer{number}" for number in reversed(range(len(CHAINS[chain])))]
-        recording = _record(paths, OPERATIONS[name], generator)
+        recording = _record(paths, make, generator)
         for count, (moment, contents) in enumerate(_states(recording, generator)):
             for path, content in zip(paths, contents, strict=True):
                 path.write_bytes(content)
@@ -198,4 +200,56 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_power_cut_loses_nothing_that_was_flushed(name: str, chain: str) -> None:
     for seed in range(int(os.environ.get("NBDQ_CRASH_SEEDS", "1"))):
-        assert _explore(name, chain, seed) is None
+        assert _explore(OPERATIONS[name], chain, seed) is None
+
+
+class _UnflushedCommit(Commit):
+    def run(self, control: Control) -> None:
+        transfer = self._begin(control)
+        assert self._writer is not None
+        for _ in transfer.copy(0, self._writer.disk.size, control):
+            pass
+
+
+class _HastyCommit(Commit):
+    def run(self, control: Control) -> None:
+        self._chain.set_backing(0, "layer0", "qcow2")
+        super().run(control)
+
+
+class _UnflushedStream(Stream):
+    def pivot(self) -> None:
+        assert self._repoint is not None
+        with patch.object(OverlayDisk, "flush", lambda disk: None):
+            self._repoint.do()
+
+    def run(self, control: Control) -> None:
+        flush = OverlayDisk.flush
+
+        def only_for_guests(disk: OverlayDisk) -> None:
+            if not control.total or control.done < control.total:
+                flush(disk)
+
+        with patch.object(OverlayDisk, "flush", only_for_guests):
+            super().run(control)
+
+
+class _DeafCommit(ActiveCommit):
+    def _catch_up(self, control: Control) -> int:
+        return 0
+
+
+MUTANTS: dict[str, Callable[[LiveChain], Operation]] = {
+    "the base is not durable when the chain changes": lambda chain: _UnflushedCommit(chain, top=1, base=3),
+    "the chain changes before anything is copied": lambda chain: _HastyCommit(chain, top=1, base=3),
+    "what was filled is not durable when the chain changes": _UnflushedStream,
+    "what the guest writes meanwhile is not copied": lambda chain: _DeafCommit(chain, base=3),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_an_operation_without_a_barrier_is_found_out(
+    mutant: Callable[[LiveChain], Operation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LowerLayer, "flush", lambda layer: None)
+    assert any(_explore(mutant, chain, seed) for seed in range(5) for chain in CHAINS)
