@@ -137,22 +137,30 @@ class RotateBitmaps(_DrainedOnly):
         self._successor = successor
 
     async def apply(self) -> None:
+        if self._frozen is not None:
+            self._freeze(self._frozen)
+        if self._successor is not None:
+            try:
+                self._bitmaps().add(self._successor, persistent=True)
+            except OperationError:
+                if self._frozen is not None:
+                    self._bitmaps().enable(self._frozen)
+                raise
+
+    def _freeze(self, name: str) -> None:
         bitmaps = self._bitmaps()
-        begin = bitmaps.add(self._successor, persistent=True) if self._successor is not None else None
-        try:
-            if self._frozen is not None:
-                bitmaps.disable(self._frozen)
-        except OperationError:
-            if begin is not None:
-                begin(bitmaps)
-            raise
+        if any(state.name == name and not state.is_persistent for state in bitmaps):
+            raise OperationError(
+                f"Bitmap '{printable(name)}' is not persistent, and would not come along; add bitmaps for backups with"
+                " persistent: true"
+            )
+        bitmaps.disable(name)
 
     async def undo(self) -> None:
-        bitmaps = self._bitmaps()  # the image may have been opened anew since
-        if self._frozen is not None:
-            bitmaps.enable(self._frozen)
+        if self._frozen is not None:  # the image may have been opened anew since
+            self._bitmaps().enable(self._frozen)
         if self._successor is not None:
-            bitmaps.remove(self._successor)
+            self._bitmaps().remove(self._successor)
 
     def _bitmaps(self) -> DirtyBitmaps:
         device = self.volume.chain.device

@@ -152,3 +152,30 @@ def test_clients_notice_nothing_of_checkpoints_under_load(disk: Path) -> None:
             server.wait_for_jobs()
     check(disk)
     assert len(chain(disk)) == 1
+
+
+def test_a_bitmap_that_would_not_outlive_the_server_is_none_for_backups(disk: Path) -> None:
+    with administered(disk) as server:
+        server("block-dirty-bitmap-add", node="disk", name="b0")
+        wish = {"node": "disk", "bitmap": "b0", "new-bitmap": "b1"}
+        assert "is not persistent" in server.refusal("x-nbdq-checkpoint", id="one", disks=[wish])
+        wish["bitmap"] = "b9"
+        assert "b9" in server.refusal("x-nbdq-checkpoint", id="one", disks=[wish])
+        qemu_io(server, "write -P 2 0 64k")
+        (found,) = server("x-nbdq-bitmap-list", node="disk")
+        assert [(each["name"], each["count"]) for each in found["dirty-bitmaps"]] == [("b0", 64 << 10)], "it goes on"
+    assert len(chain(disk)) == 1
+
+
+def test_a_raw_disk_is_frozen_without_bitmaps(tmp_path: Path) -> None:
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"\x01" * (4 << 20))
+    with administered("-f", "raw", raw) as server:
+        export = server("x-nbdq-checkpoint", id="one", disks=[{"node": "disk"}])["disks"][0]["export"]
+        qemu_io(server, "write -P 2 1M 64k")
+        qemu_io(server, "read -P 1 0 4M", export=export)
+        server("x-nbdq-checkpoint-end", id="one")
+        server.wait_for_jobs()
+        qemu_io(server, "read -P 2 1M 64k", "read -P 1 2M 2M")
+    assert raw.read_bytes()[1 << 20 : (1 << 20) + (64 << 10)] == b"\x02" * (64 << 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["disk.raw"]
