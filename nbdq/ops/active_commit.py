@@ -85,7 +85,7 @@ class ActiveCommit:
         self._dirty: DirtyBits | None = None
         self._device = chain.device
         self._layers: list[ResolvedLayer] = []
-        """What the disk consisted of before the pivot."""
+        """What the disk consisted of before the pivot, as these layers are after it."""
         self._out: list[ResolvedLayer] = []
 
     def complete(self) -> None:
@@ -181,7 +181,7 @@ class ActiveCommit:
         base = [layer.storage for layer in layers].index(self._base)
         self._device = chain.device
         self._out = chain.rearrange(layers[base:], top=disk)
-        self._layers = layers
+        self._layers = [*self._out, *chain.layers]  # with the headers that they have now
 
     def mark(self) -> None:
         """Let the old top name the base as the disk; see :class:`~nbdq.ops.operation.MarkingOperation`.

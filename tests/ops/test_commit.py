@@ -1,12 +1,15 @@
 """Commits: the disk reads the same before, meanwhile and after; what is left behind is what QEMU would leave."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbdq.chain.bitmaps import bitmaps_of
+from nbdq.chain.overlay import OverlayDisk
 from nbdq.errors import ChainError, ImageLocked, OperationError
 from nbdq.locks import READER, lock_image
 from nbdq.ops.active_commit import ActiveCommit
@@ -226,6 +229,22 @@ class TestCompressedClusters:
             disk.carry_out(Commit(disk.chain, top=1, base=3))
             assert disk.read() == before
         assert qemu_reads(image.top) == before
+
+
+def test_bitmaps_of_a_disk_whose_commit_was_taken_back_are_in_use_in_its_file(tmp_path: Path) -> None:
+    image = _chain(tmp_path, *_THREE[:2])
+    with served(image) as disk:
+        assert isinstance(disk.device, OverlayDisk)
+        bitmaps_of(disk.device.top).add("b", persistent=True)
+        operation = ActiveCommit(disk.chain, base=1)
+        operation.complete()
+        operation.run(Control())
+        operation.pivot()  # stores the bitmap, to which no header points that was read before
+        operation.revert()
+        disk.give_up(operation)
+        said = json.loads(run("qemu-img", "info", "-U", "--output=json", image.top))
+        assert "in-use" in said["format-specific"]["data"]["bitmaps"][0]["flags"]
+    check(*image.paths)
 
 
 def test_nobody_writes_to_a_base_that_is_not_recorded_as_the_disk_and_cannot_be_left(tmp_path: Path) -> None:
