@@ -43,10 +43,18 @@ def told(path: Path) -> dict[str, Any]:
     specific = info.get("format-specific", {}).get("data", {}) if info["format"] == "qcow2" else {}
     found |= {key: specific.get(key) for key in _ALIKE_IN_QCOW2}
     found["bitmaps"] = sorted(map(json.dumps, specific.get("bitmaps", [])))
-    backing = Path(info.get("backing-filename", "-"))
+    backing = Path(_plain(info.get("backing-filename", "-")))
     found["backing"] = (backing.name, backing.is_absolute())
-    found["full backing"] = Path(info.get("full-backing-filename", path)).parent == path.parent
+    found["full backing"] = Path(_plain(info.get("full-backing-filename", str(path)))).parent == path.parent
     found["snapshots"] = [snapshot["name"] for snapshot in info.get("snapshots", [])]
+    return found
+
+
+def _plain(name: str) -> str:
+    """QEMU records options of a node instead of a name where it thinks that they matter."""
+    if not name.startswith("json:"):
+        return name
+    found: str = json.loads(name.removeprefix("json:"))["file"]["filename"]
     return found
 
 

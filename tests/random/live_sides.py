@@ -135,10 +135,14 @@ class Nbdq(Side):
     def resize(self, size: int) -> None:
         self("block_resize", device="disk", size=size, x_nbdq_shrink=True)
 
+    def bitmaps(self) -> list[str]:
+        """Names of those of the top."""
+        layers = self("x-nbdq-bitmap-list", node="disk")
+        return [bitmap["name"] for layer in layers if layer["depth"] == 0 for bitmap in layer["dirty-bitmaps"]]
+
     def digest(self, bitmap: str) -> Any:
         """Not of one below, where nbdq would go on looking."""
-        layers = self("x-nbdq-bitmap-list", node="disk")
-        if not any(layer["depth"] == 0 and bitmap in (b["name"] for b in layer["dirty-bitmaps"]) for layer in layers):
+        if bitmap not in self.bitmaps():
             raise AdminError(f"Dirty bitmap '{bitmap}' not found")
         return super().digest(bitmap)
 
