@@ -25,7 +25,6 @@ from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.resolve import ResolvedLayer, resolve_chain
 from nbdq.chain.sealing import or_never_written, seal
 from nbdq.errors import ImageError, NotFound, OperationError, printable
-from nbdq.qcow2.format import read_header
 from nbdq.qcow2.header_area import set_backing
 from nbdq.storage import FileStorage, identity_of
 
@@ -206,7 +205,8 @@ class LiveChain:
         return resolve_chain(path, format=format, policy=self.policy, backing=[] if alone else None)
 
     def _open_disk(self, layer: ResolvedLayer, below: Sequence[ResolvedLayer]) -> WritableDisk:
-        """``layer`` over ``below``, for writing; it is claimed already."""
+        """``layer`` over ``below``, for writing; it is claimed already. Its header is read: nobody may have told us."""
+        layer = layer.as_in_file()
         lower = self._disk(list(map(self._reader, below))) if below else None
         return writable_disk(layer, lower, clusters=self.clusters, punch=self._punch, on_event=self.on_event)
 
@@ -323,17 +323,13 @@ class LiveChain:
         """
         layer, before = self._layers[0], self.device
         with or_never_written(layer.storage, "it was changed, and could not be opened anew"):
-            if layer.header is not None:
-                layer = replace(layer, header=read_header(layer.storage))
             self.device = self._open_disk(layer, self._layers[1:])
             carry_over_bitmaps(before, self.device)
-        self._layers[0] = layer
         self._watch_threshold()
 
     def refresh(self, index: int) -> None:
         """Take note that the header of a layer below the top was changed in its file; what it maps is the same."""
-        layer = self._layers[index]
-        self._layers[index] = replace(layer, header=read_header(layer.storage))
+        self._layers[index] = layer = self._layers[index].as_in_file()
         self._readers.pop(layer.storage, None)
 
     def drop(self, layers: Sequence[ResolvedLayer]) -> None:

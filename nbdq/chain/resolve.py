@@ -11,7 +11,7 @@ import resource
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from typing import Protocol
@@ -57,6 +57,14 @@ class ResolvedLayer:
     """None for raw."""
     data_storage: FileStorage | None
     """The external data file, if there is one."""
+
+    def as_in_file(self) -> "ResolvedLayer":
+        """The same with the header that the file has now.
+
+        Raises:
+            ImageError, OSError: it cannot be read.
+        """
+        return self if self.header is None else replace(self, header=read_header(self.storage))
 
 
 def backing_path(image_path: str, name: str) -> str:

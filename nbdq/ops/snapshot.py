@@ -6,7 +6,7 @@ mistake. A crash before the record leaves the old top in charge and an empty fil
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdq.chain.bitmaps import carry_over_bitmaps
@@ -93,7 +93,8 @@ class ExternalSnapshot:
             )
         if plan.existing and (self._new.header.backing_name, self._new.header.backing_format) != (name, format):
             chain.claims.begin_writing(self._new)
-            set_backing(self._new.storage, self._new.header, name=name, format=format)
+            header = set_backing(self._new.storage, self._new.header, name=name, format=format)
+            self._new = replace(self._new, header=header)
         assert not isinstance(chain.device, ChainDisk)
         chain.device.flush()  # so that little is left to be saved while requests wait
 

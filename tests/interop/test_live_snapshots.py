@@ -109,6 +109,18 @@ def test_an_overlay_that_is_there_already_is_taken_if_that_is_asked_for(disk: Pa
     assert len(chain(overlay)) == 2
 
 
+def test_an_overlay_that_was_there_keeps_its_backing_file_whatever_its_header_is_to_say_next(
+    disk: Path, tmp_path: Path
+) -> None:
+    overlay, next_one = tmp_path / "overlay.qcow2", tmp_path / "next.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", overlay, "64M")
+    with administered(disk) as server:
+        server("blockdev-snapshot-sync", device="disk", snapshot_file=str(overlay), mode="existing")
+        server("block-dirty-bitmap-add", node="disk", name="b", persistent=True)
+        server("blockdev-snapshot-sync", device="disk", snapshot_file=str(next_one))
+    assert [layer["filename"] for layer in chain(next_one)] == [str(next_one), str(overlay), str(disk)]
+
+
 def test_nothing_that_was_there_is_recorded_as_ours_to_be_removed_after_a_crash(disk: Path, tmp_path: Path) -> None:
     other, state = tmp_path / "other.raw", tmp_path / "state"
     other.write_bytes(bytes(1 << 20))
