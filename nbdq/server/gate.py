@@ -94,11 +94,10 @@ class Gate:
             await self._changed.wait()
 
     @asynccontextmanager
-    async def closed(self) -> AsyncIterator[None]:
-        """Inside, no request of any session touches the disk, and no unsent reply points into its files.
+    async def steady(self) -> AsyncIterator[None]:
+        """Inside, nobody else is :meth:`closed`; requests are served.
 
-        One caller at a time; the others wait. A task that is inside already may come in again. However the block ends,
-        and if it is not even reached because its task was cancelled, sessions go on where they were.
+        One caller at a time; the others wait. A task that is inside already may come in again, and may be closed.
         """
         task = asyncio.current_task()
         if self._holder is task:
@@ -106,6 +105,23 @@ class Gate:
             return
         async with self._exclusive:
             self._holder = task
+            try:
+                yield
+            finally:
+                self._holder = None
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncIterator[None]:
+        """Inside, it is :meth:`steady`, no request of any session touches the disk, and no unsent reply points into its
+        files.
+
+        However the block ends, and if it is not even reached because its task was cancelled, sessions go on where they
+        were.
+        """
+        async with self.steady():
+            if self._is_draining:  # by this task
+                yield
+                return
             self._is_draining = True
             begun = monotonic()
             try:
@@ -115,15 +131,5 @@ class Gate:
                 _log.debug("%d sessions drained within %.2f ms", len(self._sessions), (monotonic() - begun) * 1000)
                 yield
             finally:
-                self._holder = None
                 self._is_draining = False
                 self.reconsider()
-
-    @asynccontextmanager
-    async def steady(self) -> AsyncIterator[None]:
-        """Inside, nobody else is :meth:`closed`; requests are served. Not for a task that will want to be closed."""
-        if self._holder is asyncio.current_task():
-            yield
-            return
-        async with self._exclusive:
-            yield

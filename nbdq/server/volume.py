@@ -247,9 +247,12 @@ class Volume:
 
 @asynccontextmanager
 async def all_drained(volumes: Iterable[Volume]) -> AsyncIterator[None]:
-    """Several volumes drained at once, in the order of their names, so that two who want the same never wait for each
-    other."""
+    """Several volumes drained at once. They are waited for in the order of their names, so that two who want the same
+    never wait for each other, and all of them before the first one is drained, so that no guest waits for another's."""
+    ordered = sorted(set(volumes), key=lambda volume: volume.name)
     async with AsyncExitStack() as stack:
-        for volume in sorted(set(volumes), key=lambda volume: volume.name):
+        for volume in ordered:
+            await stack.enter_async_context(volume.steady())
+        for volume in ordered:
             await stack.enter_async_context(volume.drained())
         yield

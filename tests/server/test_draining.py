@@ -7,14 +7,15 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from nbdq.server import session
-from nbdq.server.export import Export
+from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.threads import in_thread
+from nbdq.server.volume import Volume, all_drained
 from tests.server.client import FLUSH, FUA, READ, WRITE, Background, Client, handshake
 from tests.server.conftest import CONTENT
 from tests.server.harness import FileDisk, LoopServer, MemoryDisk, WritableDisk
@@ -316,6 +317,30 @@ def test_drains_of_one_disk_happen_one_after_another_and_nest_in_a_task(loop: st
         client.send(READ, 0, 512)
         second.end()
         assert client.reply().data == CONTENT[:512]
+
+
+def test_no_guest_waits_for_the_disk_of_another_one_that_somebody_looks_at() -> None:
+    async def story() -> None:
+        first, second = (Volume(name, cast(Any, None), Exports()) for name in "ab")
+
+        async def drain() -> None:
+            async with all_drained([second, first]):
+                assert first.gate.is_closed
+                assert second.gate.is_closed
+
+        async with second.steady():
+            task = asyncio.create_task(drain())
+            for _ in range(10):
+                await asyncio.sleep(0)
+                assert not first.gate.is_closed
+            async with second.drained():  # a task that is inside may do that
+                assert second.gate.is_closed
+            assert not task.done()
+        await task
+        assert not first.gate.is_closed
+        assert not second.gate.is_closed
+
+    asyncio.run(story())
 
 
 def test_two_exports_of_one_disk_are_drained_together(loop: str, old: WritableDisk, new: WritableDisk) -> None:
