@@ -48,9 +48,10 @@ class Stream(Filling):
         return Repoint(self._chain, self._index, layers[self._base_index :], name=self._backing_file)
 
     def _begin(self, disk: OverlayDisk, control: Control) -> None:
-        # With nothing below there is nothing that zeros would have to hide.
-        layers = range(1, self._base_index - self._index)
-        self._copy = Fill(disk, layers, disk, zeros=self._base is not None)
+        index, base = self._index, self._base_index
+        # Zeros have nothing to hide where nothing is below, or where the base has ended (S1).
+        below = self._chain.slice(base, base).size if self._base is not None else 0
+        self._copy = Fill(disk, range(1, base - index), disk, zeros_end=below)
         control.expect(self._copy.measure())
 
     def _fill(self, disk: OverlayDisk, start: int, control: Control) -> Iterator[int]:

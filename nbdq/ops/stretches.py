@@ -58,19 +58,19 @@ class Stretches:
         source: ChainDisk | OverlayDisk,
         layers: range,
         *,
-        zeros: bool = True,
+        zeros_end: int | None = None,
         copied_to: Header | None = None,
     ) -> None:
         """Over ``source``, which may change if it is an :class:`OverlayDisk`; the caller has to notice what does.
 
         Args:
-            zeros: count what reads as zeros, too.
+            zeros_end: what reads as zeros counts before this guest offset only; None: everywhere.
             copied_to: header of an image that could hold the compressed clusters of the layers as they are, if cluster
                 size and compression are the same; None if none shall.
         """
         self._source = source
         self._layers = layers
-        self._zeros = zeros
+        self._zeros_end = source.size if zeros_end is None else zeros_end
         # What the top of a running disk holds can be gone before its bytes are read.
         images: Sequence[Layer | None] = [None]
         if isinstance(source, ChainDisk):
@@ -134,7 +134,7 @@ class Stretches:
         zero = np.isin(runs.kind, _READS_ZERO)
         ours = (runs.layer < stop) & ((runs.layer >= first) | (runs.kind <= Kind.UNALLOCATED_OFFSET))
         content = np.where(zero, np.uint8(Content.ZEROS), np.uint8(Content.DATA))
-        content[~ours if self._zeros else ~ours | zero] = Content.OTHERS
+        content[~ours | zero & (runs.start >= self._zeros_end)] = Content.OTHERS
         compressed = ours & (runs.kind == Kind.COMPRESSED)
         if self._cluster_size and compressed.any():
             compressed[compressed] = self._is_understood[runs.layer[compressed]]

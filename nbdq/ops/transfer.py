@@ -109,9 +109,12 @@ class Fill:
     The guest may write to it meanwhile; what it reads does not change.
     """
 
-    def __init__(self, source: ChainDisk | OverlayDisk, layers: range, target: OverlayDisk, *, zeros: bool) -> None:
-        """Layer 0 of ``source`` is the top of ``target``; without ``zeros`` nothing will show through them later."""
-        self._stretches = Stretches(source, layers, zeros=zeros, copied_to=target.top.header)
+    def __init__(self, source: ChainDisk | OverlayDisk, layers: range, target: OverlayDisk, *, zeros_end: int) -> None:
+        """Layer 0 of ``source`` is the top of ``target``; from ``zeros_end`` on nothing will show through zeros later.
+
+        ``zeros_end`` is where a layer of ``source`` ends, or 0.
+        """
+        self._stretches = Stretches(source, layers, zeros_end=zeros_end, copied_to=target.top.header)
         self._target = target
 
     def measure(self) -> int:
