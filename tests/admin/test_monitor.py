@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import socket
+import tempfile
 import stat
 import threading
 from pathlib import Path
@@ -251,12 +252,11 @@ def test_only_root_our_own_user_and_the_list_are_let_in() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-def test_a_user_who_is_not_on_the_list_is_turned_away_whatever_the_mode_says(tmp_path: Path) -> None:
-    with AdminServer(tmp_path) as server:
+def test_a_user_who_is_not_on_the_list_is_turned_away_whatever_the_mode_says() -> None:
+    # Not below the tests' own directory, which other users cannot enter.
+    with tempfile.TemporaryDirectory(prefix="nbdq-") as directory, AdminServer(Path(directory)) as server:
+        os.chmod(directory, 0o755)
         os.chmod(server.path, 0o666)
-        os.chmod(tmp_path, 0o755)
-        for parent in tmp_path.parents[:2]:
-            os.chmod(parent, 0o755)
         child = os.fork()
         if child == 0:
             try:
