@@ -27,6 +27,14 @@ def printable(text: str | bytes, limit: int = 200) -> str:
     return shown + ("…" if len(text) > limit else "")
 
 
+def in_words(error: Exception) -> str:
+    """What a user is told of an error: of a system call the file, if it is known, and the reason."""
+    if isinstance(error, OSError):
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    return str(error)
+
+
 class NbdqError(Exception):
     """Root of everything that nbdq raises on purpose."""
 

@@ -30,7 +30,7 @@ _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EBUSY)
 
 #: The medium is full, not broken: nothing that was written before is lost, and a later write may succeed.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _ZEROS = memoryview(bytes(1 << 20))
 #: The kernel takes no more buffers in one call (IOV_MAX is 1024).
@@ -315,7 +315,7 @@ class FileStorage:
 
     def _failed(self, error: OSError, *, final: bool = False) -> OSError:
         """Note a failure, unless the medium is only full; the same with our path."""
-        if self.failure is None and (final or error.errno not in _FULL):
+        if self.failure is None and (final or error.errno not in FULL_ERRORS):
             self.failure = error
         return OSError(error.errno, error.strerror, self.path)
 

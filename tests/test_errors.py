@@ -6,7 +6,17 @@ import unicodedata
 import pytest
 
 from nbdq import errors
-from nbdq.errors import CorruptImage, ExportError, ImageError, NbdqError, ProtocolError, printable
+from nbdq.errors import (
+    CorruptImage,
+    ExportError,
+    ImageError,
+    NbdqError,
+    NotFound,
+    OperationError,
+    ProtocolError,
+    in_words,
+    printable,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,13 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
     drawn = {line.strip("│├└─ ").split()[0] for line in errors.__doc__.splitlines() if line.startswith("    ")}
     assert drawn == {c.__name__ for c in classes}
     assert all(issubclass(c, NbdqError) for c in classes)
-    assert {c for c in classes if issubclass(c, ImageError)} == {
-        c for c in classes if c not in (NbdqError, ProtocolError, ExportError)
-    }
+    others = (NbdqError, ProtocolError, ExportError, OperationError, NotFound)
+    assert {c for c in classes if issubclass(c, ImageError)} == {c for c in classes if c not in others}
+
+
+def test_an_error_of_the_system_names_the_file_if_it_is_known() -> None:
+    assert in_words(OSError(5, "broken")) == "broken"
+    assert in_words(OSError(5, "broken", "a\nb")) == r"a\nb: broken"
+    assert in_words(OSError("only words")) == "only words"
+    assert in_words(CorruptImage("disk", "broken")) == "disk: broken"
     assert not issubclass(NbdqError, OSError)

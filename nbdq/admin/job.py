@@ -20,19 +20,18 @@ from time import monotonic
 from typing import Any, Literal
 
 from nbdq.admin.state import State
-from nbdq.errors import ImageError, OperationError, printable
+from nbdq.errors import ImageError, NbdqError, OperationError, in_words, printable
 from nbdq.ops.control import Cancelled, Control
 from nbdq.ops.operation import MarkingOperation, MirroringOperation, Operation
 from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
+from nbdq.storage import FULL_ERRORS
 
 _log = logging.getLogger(__name__)
 
 OnError = Literal["report", "stop", "enospc"]
 """What becomes of a job whose operation meets an I/O error: it fails, or pauses (on a full medium only) to go on after
 ``job-resume``."""
-
-_FULL_ERRORS = {28, 122, 27}  # ENOSPC, EDQUOT, EFBIG
 
 
 class Status(StrEnum):
@@ -243,12 +242,8 @@ class Job:
                 await self._pivot()
         except Cancelled:
             await self._abort()
-        except (ImageError, OperationError, OSError) as error:
-            self.error = _text(error)
-            await self._abort()
-        except Exception:
-            _log.exception("job %s failed", printable(self.id))
-            self.error = "internal error; the server's log says more"
+        except Exception as error:
+            self.error = self._told(error)
             await self._abort()
         else:
             await self._finish()
@@ -275,14 +270,14 @@ class Job:
 
     def _stops_for(self, error: OSError) -> bool:
         """Whether to pause after this error, instead of failing; pauses if so."""
-        full = error.errno in _FULL_ERRORS
+        full = error.errno in FULL_ERRORS
         stops = not self._cancelled and (
             self.request.on_error == "stop" or (self.request.on_error == "enospc" and full)
         )
         action = "stop" if stops else "report"
         self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": "write" if full else "read", "action": action})
         if stops:
-            _log.warning("job %s pauses: %s; job-resume lets it go on", printable(self.id), _text(error))
+            _log.warning("job %s pauses: %s; job-resume lets it go on", printable(self.id), in_words(error))
             self.io_status = "nospace" if full else "failed"
             if self._unpaused.is_set():
                 self._pause()
@@ -323,7 +318,7 @@ class Job:
         try:
             await self._mark()
         except (ImageError, OSError) as error:
-            _log.warning("job %s could not mark the old top: %s", printable(self.id), _text(error))
+            _log.warning("job %s could not mark the old top: %s", printable(self.id), in_words(error))
 
     def _record_end(self) -> None:
         volume = self.request.volume
@@ -337,8 +332,8 @@ class Job:
             return
         try:
             await in_thread(self._operation.finish)
-        except (ImageError, OperationError, OSError) as error:
-            self.error = f"the disk was changed as wanted, but then: {_text(error)}"
+        except Exception as error:
+            self.error = f"the disk was changed as wanted, but then: {self._told(error)}"
 
     async def _release(self) -> None:
         async with self.request.volume.drained():
@@ -351,15 +346,22 @@ class Job:
         self._become(Status.ABORTING)
         try:
             await self._release()
-        except (ImageError, OperationError, OSError) as error:
-            _log.warning("job %s could not clean up: %s", printable(self.id), _text(error))
+        except Exception as error:
+            _log.warning("job %s could not clean up: %s", printable(self.id), self._told(error))
+
+    def _told(self, error: Exception) -> str:
+        """What is said of an error. A bug keeps no job from its end, which gives back its claim to the disk."""
+        if isinstance(error, (NbdqError, OSError)):
+            return in_words(error)
+        _log.error("job %s failed for a bug", printable(self.id), exc_info=error)
+        return "internal error; the server's log says more"
 
     async def _conclude(self) -> None:
         if not self._stopping:
             try:
                 await in_thread(self._forget)
             except OSError as error:
-                _log.warning("job %s may start again after a restart: %s", printable(self.id), _text(error))
+                _log.warning("job %s may start again after a restart: %s", printable(self.id), in_words(error))
         if self._cancelled and not self._cancelled_softly and self.status is Status.ABORTING and self.error is None:
             self._emit("BLOCK_JOB_CANCELLED", self._progress())
         else:
@@ -418,12 +420,6 @@ class Job:
     def _become(self, status: Status) -> None:
         self.status = status
         self._emit("JOB_STATUS_CHANGE", {"id": self.id, "status": str(status)})
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{printable(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
 
 
 async def _in_own_thread(name: str, function: Callable[[Control], None], control: Control) -> None:

@@ -22,7 +22,7 @@ from nbdq.admin.arguments import parse
 from nbdq.admin.context import Context, Peer
 from nbdq.admin.jobs import NotActive
 from nbdq.admin.registry import COMMANDS
-from nbdq.errors import NbdqError, NotFound, printable
+from nbdq.errors import NbdqError, NotFound, in_words, printable
 from nbdq.server.listener import Listener
 
 _log = logging.getLogger(__name__)
@@ -228,8 +228,8 @@ class _Client:
             return wire.error(wire.DEVICE_NOT_FOUND, str(error), request.tag)
         except (NbdqError, OSError) as error:
             if command.changes:
-                _audit.info("%s: %s failed: %s", peer, command.name, describe(error))
-            return wire.error(wire.GENERIC_ERROR, describe(error), request.tag)
+                _audit.info("%s: %s failed: %s", peer, command.name, in_words(error))
+            return wire.error(wire.GENERIC_ERROR, in_words(error), request.tag)
         except Exception:
             _log.exception("admin: %s: %s failed", peer, command.name)
             return wire.error(wire.GENERIC_ERROR, "internal error; the server's log says more", request.tag)
@@ -273,10 +273,3 @@ class _Client:
         self._writer.cancel()
         await asyncio.wait([self._writer])
         self._socket.close()
-
-
-def describe(error: Exception) -> str:
-    """What an administrator is told."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{printable(str(error.filename))}: {error.strerror}" if error.filename else error.strerror
-    return str(error)

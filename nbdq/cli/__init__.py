@@ -15,7 +15,7 @@ import click
 
 from nbdq import __version__
 from nbdq.cli.logs import configure_logging
-from nbdq.errors import NbdqError, printable
+from nbdq.errors import NbdqError, in_words
 
 # numpy starts a thread for each core at import, for linear algebra that nbdq never does: a third of the start-up time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -55,13 +55,10 @@ class _Commands(click.Group):
                 return super().main(*args, **kwargs)
             finally:
                 print(end="", flush=True)  # now, while an error can still be told
-        except NbdqError as error:
-            _fail(str(error))
         except BrokenPipeError:
             _fail("")  # the reader of our output has gone; nothing is left to say
-        except OSError as error:
-            where = f"{printable(str(error.filename))}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}")
+        except (NbdqError, OSError) as error:
+            _fail(in_words(error))
 
 
 def _fail(text: str) -> None:

@@ -119,6 +119,7 @@ class StartJob:
     mirror: bool = False
     fail_in: str | None = None
     errno: int = 5
+    bug_in: str | None = None
     on_error: str = "report"
     auto_finalize: bool = True
     auto_dismiss: bool = True
@@ -192,6 +193,8 @@ class AdminServer:
         if arguments.fail_in:
             text = os.strerror(arguments.errno)
             fails[arguments.fail_in] = OSError(arguments.errno, text) if arguments.errno else OperationError("no")
+        if arguments.bug_in:
+            fails[arguments.bug_in] = AssertionError("a bug")
 
         def make() -> PaperOperation:
             operation = kind(volume, pieces=arguments.pieces, fails=fails)

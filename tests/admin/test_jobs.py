@@ -162,6 +162,19 @@ def test_a_job_that_fails_says_why_and_gives_up_what_it_holds(server: AdminServe
     assert server.operations["j"].calls[-1] == "abort"
 
 
+@pytest.mark.parametrize("phase", ["run", "pivot", "finish", "abort"])
+def test_no_bug_keeps_a_job_from_its_end(server: AdminServer, phase: str) -> None:
+    with server.client() as client:
+        _start(client, fail_in="run" if phase == "abort" else None, bug_in=phase, auto_dismiss=False)
+        _work(server)
+        _until(client, _is("JOB_STATUS_CHANGE", "concluded"))
+        assert ("internal error" in client.call("query-jobs")[0]["error"]) is (phase != "abort")
+        client.call("job-dismiss", {"id": "j"})
+        _start(client)
+        _work(server)
+        _until(client, GONE)
+
+
 def test_a_job_whose_end_cannot_be_recorded_takes_back_what_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
