@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ def judge(twins: Twins) -> None:
     for mine, other in zip(twins.ours.paths, twins.theirs.paths, strict=True):
         about = told(mine)
         assert about == told(other), f"{mine.name}: nbdq: {about}\nQEMU: {told(other)}"
-        for path, name in ((mine, "nbdq"), (other, "QEMU")) if about["format"] == "qcow2" else ():
-            checked = execute("qemu-img", "check", "-f", "qcow2", path, cwd=path.parent)
-            assert checked.returncode == 0, f"{name}: check of {path.name}: {checked.stdout}{checked.stderr}"
+        if about["format"] == "qcow2":
+            run("qemu-img", "check", "-f", "qcow2", mine, cwd=mine.parent)
+            # QEMU leaks clusters when it cannot make an internal snapshot.
+            run("qemu-img", "check", "-q", "-f", "qcow2", "-r", "leaks", other, cwd=other.parent)
         formats = ("-f", about["format"], "-F", about["format"])
         compared = execute("qemu-img", "compare", *formats, mine, other, cwd=mine.parent)
         assert compared.returncode == 0, f"{mine.name}: {compared.stdout}{compared.stderr}"
@@ -43,18 +45,9 @@ def told(path: Path) -> dict[str, Any]:
     specific = info.get("format-specific", {}).get("data", {}) if info["format"] == "qcow2" else {}
     found |= {key: specific.get(key) for key in _ALIKE_IN_QCOW2}
     found["bitmaps"] = sorted(map(json.dumps, specific.get("bitmaps", [])))
-    backing = Path(_plain(info.get("backing-filename", "-")))
-    found["backing"] = (backing.name, backing.is_absolute())
-    found["full backing"] = Path(_plain(info.get("full-backing-filename", str(path)))).parent == path.parent
+    backing = info.get("full-backing-filename")  # the name itself may be a whole path or not
+    found["backing"] = backing and os.path.relpath(backing, path.parent)
     found["snapshots"] = [snapshot["name"] for snapshot in info.get("snapshots", [])]
-    return found
-
-
-def _plain(name: str) -> str:
-    """QEMU records options of a node instead of a name where it thinks that they matter."""
-    if not name.startswith("json:"):
-        return name
-    found: str = json.loads(name.removeprefix("json:"))["file"]["filename"]
     return found
 
 

@@ -75,7 +75,7 @@ class Side:
             if job["status"] == "concluded":
                 self("job-dismiss", id="job")
                 if "error" in job:
-                    raise AdminError(job["error"])
+                    raise AdminError(job["error"], "GenericError")
             elif complete and job["status"] == "ready":
                 self("job-complete", id="job")
                 complete = False
@@ -143,12 +143,15 @@ class Nbdq(Side):
     def digest(self, bitmap: str) -> Any:
         """Not of one below, where nbdq would go on looking."""
         if bitmap not in self.bitmaps():
-            raise AdminError(f"Dirty bitmap '{bitmap}' not found")
+            raise AdminError(f"Dirty bitmap '{bitmap}' not found", "GenericError")
         return super().digest(bitmap)
 
 
 class Daemon(Side):
-    """``qemu-storage-daemon``, with one node for each layer, as libvirt opens them."""
+    """``qemu-storage-daemon``, with one node for each layer, as libvirt opens them.
+
+    Like libvirt we say what is to be recorded as the backing file: by itself QEMU records options of nodes.
+    """
 
     name = "QEMU"
 
@@ -212,6 +215,8 @@ class Daemon(Side):
 
     def commit(self, top: int, base: int, during: Callable[[Side], None]) -> None:
         which = {"top_node": self._nodes[top], "base_node": self._nodes[base]}
+        if top < len(self.layers) - 1:
+            which["backing_file"] = str(self.layers[base])
         self("block-commit", device=self.node, job_id="job", auto_dismiss=False, **which)
         during(self)
         self._finish(complete=top == len(self.layers) - 1)
@@ -222,7 +227,7 @@ class Daemon(Side):
                 self._drop(base + 1, top + 1)
 
     def stream(self, layer: int, base: int | None, during: Callable[[Side], None]) -> None:
-        which = {} if base is None else {"base_node": self._nodes[base]}
+        which = {} if base is None else {"base_node": self._nodes[base], "backing_file": str(self.layers[base])}
         self("block-stream", device=self._nodes[layer], job_id="job", auto_dismiss=False, **which)
         during(self)
         self._finish()

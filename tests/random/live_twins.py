@@ -1,9 +1,9 @@
-"""Twin runs of live operations: nbdq on one copy of a chain, QEMU's storage daemon on another, the same orders to both.
+"""Twin runs of live operations: nbdq on one copy of a chain, QEMU's storage daemon on another, the same for both.
 
-Guests write to both over NBD, administrators snapshot, commit, stream, resize and track them over QMP; a round ends with
-both servers stopped, one image amended live by nbdq and the other one by qemu-img. Then QEMU says whether they still are
-the same chain: contents of every layer and of every internal snapshot, names of backing files, ``map``, bitmaps, and
-``check``, which may not even find leaks. Then they change places. To run for long:
+Guests write to both over NBD, administrators snapshot, commit, stream, resize and track them over QMP; a round ends
+with both servers stopped, one image amended live by nbdq and the other by qemu-img. Then QEMU says whether they
+still are the same chain: contents of every layer and of every internal snapshot, names of backing files, ``map``,
+bitmaps, and ``check``, which may not even find leaks. Then they change places. To run for long:
 
     .venv/bin/python -m tests.random.live_twins --seed 1 --runs 500
 
@@ -23,7 +23,7 @@ from random import Random
 
 from nbdq.admin.client import AdminError
 from tests.random.chains import random_chain
-from tests.random.live_actions import ACTIONS, WEIGHTS, Action, Twins, compat, facts
+from tests.random.live_actions import ACTIONS, WEIGHTS, Action, QemuDied, Twins, can_grow, compat, facts
 from tests.random.live_judge import judge
 from tests.support.images import Variant, build
 from tests.support.scratch import scratch
@@ -104,8 +104,9 @@ class _Amendment:
 
     def offline(self, twins: Twins) -> str | None:
         """Why qemu-img refuses."""
-        values = {key: {True: "on", False: "off"}.get(value, value) for key, value in self.options.items()}
-        options = ",".join(f"{key}={value}" for key, value in values.items())
+        options = ",".join(
+            f"{key}={value}".replace("True", "on").replace("False", "off") for key, value in self.options.items()
+        )
         top = twins.theirs.top
         done = execute("qemu-img", "amend", "-q", "-f", "qcow2", "-o", options, top, cwd=top.parent)
         return done.stderr.strip() if done.returncode else None
@@ -116,7 +117,9 @@ def _amendment(twins: Twins, random: Random) -> _Amendment | None:
     top = twins.facts()
     if top["format"] != "qcow2":
         return None
-    choices: list[dict[str, int | str | bool]] = [{"compat": "1.1"}, {"size": top["virtual-size"] + (1 << 20)}]
+    choices: list[dict[str, int | str | bool]] = [{"compat": "1.1"}]
+    if can_grow(top):
+        choices.append({"size": top["virtual-size"] + (1 << 20)})
     if compat(top) == "1.1":
         choices += [{"refcount_bits": random.choice((1, 8, 16, 64))}, {"lazy_refcounts": random.random() < 0.5}]
         # Bitmaps would be lost, which nbdq refuses and QEMU does.
@@ -131,6 +134,8 @@ def failure(seed: int, rounds: Rounds) -> tuple[str, list[str]]:
         twins = make_twins(live_chain(seed), directory)
         try:
             play_twins(twins, rounds)
+        except QemuDied:
+            print(f"seed {seed}: QEMU broke down, after\n  {twins.told[-1]}", file=sys.stderr)
         except AssertionError as error:
             return str(error) or traceback.format_exc(), twins.told
         except Exception:
