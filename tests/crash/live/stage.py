@@ -24,6 +24,7 @@ from nbdq.errors import NbdqError
 from nbdq.ops import active_commit, commit, rebase, transfer
 from nbdq.ops.control import Control
 from nbdq.ops.operation import Operation
+from nbdq.qcow2.writing import epochs as engine_epochs
 from nbdq.server.volume import Volume
 from tests.crash.guest import Allowed, Guest, History, Verb
 from tests.crash.live.scenario import Prepared
@@ -328,6 +329,8 @@ def record(prepared: Prepared, generator: random.Random, *, recovering: bool = F
             stack.enter_context(context)
         if schedule is not None:
             stack.enter_context(schedule.installed())
+            # Who waits by looking again and again lets others run meanwhile.
+            stack.enter_context(patch.object(engine_epochs, "sleep", lambda seconds: schedule.pause(drowsiness=1)))
         try:
             finding = asyncio.run(stage.play(recovering=recovering))
         except Exception:
