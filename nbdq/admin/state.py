@@ -7,6 +7,7 @@ served before (R-59). The file is replaced as a whole: written beside its place,
 
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -69,6 +70,16 @@ class _File:
     disks: dict[str, DiskRecord]
 
 
+def _place(path: str) -> str:
+    """The name of an image that holds for ever: links followed, but not to a device, which has another number after the
+    next boot, and its number another device."""
+    real = os.path.realpath(path)
+    with suppress(OSError):
+        if stat.S_ISBLK(os.stat(real).st_mode):
+            return os.path.abspath(path)
+    return real
+
+
 class Changes:
     """A transaction's own copy of the records; see :meth:`State.transaction`. Disks go by their volumes' names."""
 
@@ -78,7 +89,7 @@ class Changes:
 
     def set_top(self, name: str, path: str, format: str) -> None:
         """The image at ``path`` is the disk's top from now on, and no longer a pending overlay."""
-        path = os.path.realpath(path)
+        path = _place(path)
         pending = [other for other in self._disk(name).pending if other != path]
         if path == self._keys[name]:
             self._update(name, top=None, directories=[], pending=pending)
@@ -88,11 +99,11 @@ class Changes:
 
     def add_pending(self, name: str, path: str) -> None:
         """An overlay is about to be made at ``path``."""
-        self._update(name, pending=[*self._disk(name).pending, os.path.realpath(path)])
+        self._update(name, pending=[*self._disk(name).pending, _place(path)])
 
     def remove_pending(self, name: str, path: str) -> None:
         """The overlay at ``path`` has been removed again, or belongs to somebody else."""
-        path = os.path.realpath(path)
+        path = _place(path)
         self._update(name, pending=[other for other in self._disk(name).pending if other != path])
 
     def put_job(self, name: str, job: JobRecord) -> None:
@@ -134,7 +145,7 @@ class State:
 
     def name_disk(self, name: str, image: str) -> DiskRecord:
         """Let ``name`` be the disk for which the command line names ``image``; return what is known about it."""
-        self._keys[name] = os.path.realpath(image)
+        self._keys[name] = _place(image)
         return self.disk(name)
 
     def disk(self, name: str) -> DiskRecord:

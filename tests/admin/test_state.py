@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def test_a_half_written_successor_of_the_file_is_no_obstacle(tmp_path: Path) -> 
     with state.transaction() as changes:
         changes.set_top("a", str(tmp_path / "o"), "qcow2")
     assert not (tmp_path / "state.new").exists()
+
+
+def test_a_device_goes_by_the_name_that_it_was_given_and_not_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in (("disk", "dm-3"), ("overlay", "dm-4")):
+        (tmp_path / number).touch()
+        (tmp_path / name).symlink_to(number)
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+    state = State(str(tmp_path / "state"))
+    state.name_disk("a", str(tmp_path / "disk"))
+    with state.transaction() as changes:
+        changes.set_top("a", str(tmp_path / "overlay"), "qcow2")
+    assert b"dm-" not in (tmp_path / "state").read_bytes()
 
 
 def _pending(tmp_path: Path, *overlays: Path) -> State:
