@@ -5,8 +5,8 @@ import contextlib
 import json
 import os
 import socket
-import tempfile
 import stat
+import tempfile
 import threading
 from pathlib import Path
 
