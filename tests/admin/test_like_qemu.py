@@ -47,13 +47,22 @@ def _qemu(layers: list[Path]) -> Iterator[Client]:
         ]
         with subprocess.Popen(command) as process:
             try:
-                deadline = time.monotonic() + PATIENCE
-                while not socket.exists() and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                with Client(str(socket), timeout=PATIENCE) as client:
+                with _connected(socket) as client:
                     yield client
             finally:
                 process.kill()
+
+
+def _connected(socket: Path) -> Client:
+    """A client of somebody who is about to listen there."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return Client(str(socket), timeout=PATIENCE)
+        except AdminError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager
