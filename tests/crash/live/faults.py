@@ -33,6 +33,7 @@ from tests.crash.live.server import JobFailed, Server, on_one_thread
 from tests.crash.live.stage import Epoch, Stage, small_pieces
 from tests.crash.live.tree import TreeRecorder
 from tests.crash.live.verdict import Bench, Restarted
+from tests.crash.recorder import NEVER
 from tests.crash.stamps import read_stamps
 from tests.crash.verdict import Finding, compare
 from tests.random.faults import Fault, FaultyFiles
@@ -182,11 +183,12 @@ class _Run:
         await stage.server.start()
         now = self._recorder.tick()
         for name, epochs in stage.epochs.items():
-            history = epochs[-1].history
             values = scenario.padded(read_stamps(stage.server.read(name)))
-            wrong = compare(values, history.allowed(now) if self._is_dead else history.allowed_now())
-            if wrong is not None:
-                return f"{self._said()}, started again: {wrong}"
+            histories = [epoch.history for epoch in epochs if epoch.ended == NEVER]
+            allowed = [each.allowed(now) if self._is_dead else each.allowed_now() for each in histories]
+            wrong = [compare(values, each) for each in allowed]
+            if None not in wrong:
+                return f"{self._said()}, started again: {wrong[-1]}"
             epochs.append(Epoch(replace_history(epochs[-1], values)))
         if self.error is not None and "changed as wanted" not in str(self.error) and self._layers() == before:
             try:

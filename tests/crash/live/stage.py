@@ -212,8 +212,10 @@ class Stage:
         try:
             yield
         except (NbdqError, OSError):
-            if self._differs(name, old.history.allowed_now()) is None:
-                epochs.remove(new)
+            # What the disk is now comes last; on a medium that has failed nobody knows what the file says.
+            epochs[-2:] = [old, new] if self._differs(name, old.history.allowed_now()) is not None else [new, old]
+            if volume.chain.layers[0].storage.failure is None:
+                del epochs[-2]
             raise
         finally:
             self._drained.remove(volume)
