@@ -7,7 +7,6 @@ that is marked with the layer which took over. Readers do not care. QEMU keeps t
 """
 
 import errno
-import os
 from collections.abc import Iterable
 from contextlib import closing
 
@@ -16,7 +15,7 @@ from nbdq.chain.resolve import backing_path
 from nbdq.errors import ChainError, ImageError, InvalidImage, printable
 from nbdq.qcow2.format import Header, read_header
 from nbdq.qcow2.header_area import set_overlay_marker
-from nbdq.storage import FileStorage
+from nbdq.storage import FileStorage, identity_of
 
 _FORGET = "or have it forgotten with nbdq amend --forget-overlay"
 
@@ -102,6 +101,6 @@ def _backing_of(reference: Reference, gate: Gate) -> str | None:
 
 def _is(storage: FileStorage, path: str) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(storage.descriptor))
+        return identity_of(path) == storage.identity
     except (FileNotFoundError, NotADirectoryError):
         return False

@@ -25,7 +25,7 @@ from nbdq.ops.stretches import Content, Stretches
 from nbdq.qcow2.fields import MAGIC, MAX_BACKING_NAME
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.storage import FileStorage
+from nbdq.storage import FileStorage, Identity, identity_of
 
 #: Files that are looked at in all directories together: some seconds of work.
 _FILES_MAX = 20_000
@@ -34,9 +34,6 @@ _NAME_FIELDS = struct.Struct(">4sIQI")
 
 #: Unit in which file systems give space to raw files.
 _PAGE = 4096
-
-#: What identifies a file or device; see ``FileStorage.identity``.
-Identity = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -192,11 +189,9 @@ def _files_in(directory: str) -> Iterator[str]:
 
 def _identity(path: str) -> Identity | None:
     """As that of a storage; None if nothing is there."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # a name in an image may hold a zero byte
-        return None
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+    with suppress(OSError, ValueError):  # a name in an image may hold a zero byte
+        return identity_of(path)
+    return None
 
 
 def _backing_paths(path: str) -> list[str]:

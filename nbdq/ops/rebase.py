@@ -13,7 +13,7 @@ from nbdq.chain.resolve import ResolvedLayer, backing_path
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.ops.fill import Filling
-from nbdq.ops.repoint import Repoint, real_path
+from nbdq.ops.repoint import Repoint
 from nbdq.ops.stretches import Stretches
 
 #: Bytes compared at once, and bytes of zeros on both sides that are passed over at once.
@@ -66,7 +66,7 @@ class Rebase(Filling):
         self._name = name
         self._format = format
         self._path = backing_path(chain.layers[index].path, name)
-        if not chain.gate.admits(real_path(self._path)):
+        if not chain.gate.admits(self._path):
             what = f"{printable(self._path, 1024)} lies outside the allowed directories"
             raise OperationError(f"{what}; allow its directory with --allow-backing DIR")
         with suppress(NotFound):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import ResolvedLayer, backing_path
-from nbdq.storage import FileStorage
+from nbdq.storage import FileStorage, identity_of
 
 
 class Repoint:
@@ -126,14 +126,8 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(path)
 
 
-def real_path(path: str) -> str:
-    """Where ``path`` leads, links followed."""
-    return os.path.realpath(path)
-
-
 def _is_same(path: str, layer: ResolvedLayer) -> bool:
     try:
-        status = os.stat(path)
+        return identity_of(path) == layer.storage.identity
     except OSError:
         return False
-    return layer.storage.identity in ((status.st_dev, status.st_ino), (0, status.st_rdev))
