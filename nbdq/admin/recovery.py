@@ -9,14 +9,16 @@ import numpy as np
 
 from nbdq.admin.state import State
 from nbdq.errors import ImageError, printable
-from nbdq.qcow2.fields import MAGIC
+from nbdq.qcow2.fields import MAGIC, MAX_L1_TABLE
 from nbdq.qcow2.format import read_header
 from nbdq.storage import FileStorage, sync_directory_of
 
 _log = logging.getLogger(__name__)
 
-#: The first cluster of an overlay that is being made holds nothing; that of a raw disk rarely does.
-_BEGIN = 64 << 10
+#: What makes an image of an overlay is written last; behind it there may be a long name, and tables.
+_SECTOR = 512
+#: An overlay that is being made has tables, and no more; a raw disk rarely is as short as these can be.
+_UNFINISHED_MAX = MAX_L1_TABLE + (8 << 20)
 
 
 def remove_pending_overlays(state: State, name: str, used: Collection[str]) -> None:
@@ -49,9 +51,9 @@ def _is_empty(path: str) -> bool:
     with closing(FileStorage.open(path)) as storage:
         if storage.is_block_device:
             return False
-        begin = storage.read(0, _BEGIN)
+        begin = storage.read(0, _SECTOR)
         if not begin.startswith(MAGIC):
-            return not any(begin)
+            return not any(begin) and storage.size() <= _UNFINISHED_MAX
         header = read_header(storage)
         if header.snapshot_count or header.bitmaps is not None:
             return False

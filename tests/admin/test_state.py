@@ -199,6 +199,7 @@ def test_an_overlay_that_somebody_uses_or_has_written_to_stays(
     foreign.write_text("my diary")
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1024) + b"a file system" * 10)
+    os.truncate(disk, 64 << 20)
     state = _pending(tmp_path, used, written, foreign, disk)
     remove_pending_overlays(state, "a", {str(base), str(used)})
     assert {path.name for path in tmp_path.iterdir()} == {"a.qcow2", "state", "used", "written", "foreign", "disk"}
