@@ -24,6 +24,7 @@ from nbdq.ops.preflight import check_no_overlays
 from nbdq.ops.transfer import Transfer
 from nbdq.ops.written import WrittenLayer
 from nbdq.qcow2.bitmaps.bits import DirtyBits
+from nbdq.qcow2.header_area import set_overlay_marker
 from nbdq.qcow2.writing.writable import WritableImage
 
 #: log2 of the granularity in which changes are noted: fine, for guests write in small pieces and all of it is copied …
@@ -87,6 +88,8 @@ class ActiveCommit:
         self._layers: list[ResolvedLayer] = []
         """What the disk consisted of before the pivot, as these layers are after it."""
         self._out: list[ResolvedLayer] = []
+        self._mark: str | None = None
+        """What the base named as its overlay before the pivot."""
 
     def complete(self) -> None:
         """Let :meth:`run` return as soon as what is left is small."""
@@ -176,11 +179,16 @@ class ActiveCommit:
         chain, disk = self._chain, self._writer.disk
         self._catch_up(Control())
         disk.flush()
+        self._mark = disk.top.header.overlay_marker if isinstance(disk, OverlayDisk) else None
         move_mark(disk, None)
         layers = chain.layers
         base = [layer.storage for layer in layers].index(self._base)
         self._device = chain.device
-        self._out = chain.rearrange(layers[base:], top=disk)
+        try:
+            self._out = chain.rearrange(layers[base:], top=disk)
+        except BaseException:
+            self._protect_old_top()
+            raise
         self._layers = [*self._out, *chain.layers]  # with the headers that they have now
 
     def mark(self) -> None:
@@ -200,10 +208,19 @@ class ActiveCommit:
         """
         with or_never_written(self._chain.layers[0].storage, "the commit could not be taken back"):
             self._chain.rearrange(self._layers)
+        self._protect_old_top()
         self._out = []
         carry_over_bitmaps(self._device, self._chain.device)
         assert isinstance(self._chain.device, OverlayDisk), "it was one before"
         self._image = self._chain.device.top
+
+    def _protect_old_top(self) -> None:
+        """Let the base bear its mark again: what lies over it is the disk still."""
+        assert self._writer is not None
+        disk = self._writer.disk
+        if self._mark is not None and isinstance(disk, OverlayDisk):
+            with suppress(ImageError, OSError):
+                disk.top.rewrite_header(lambda storage, header: set_overlay_marker(storage, header, self._mark))
 
     def finish(self) -> None:
         """Close the layers that have dropped out; their files stay as they are."""

@@ -15,6 +15,8 @@ from nbdq.locks import READER, lock_image
 from nbdq.ops.active_commit import ActiveCommit
 from nbdq.ops.commit import Commit
 from nbdq.ops.control import Cancelled, Control
+from nbdq.qcow2.format import read_header
+from nbdq.qcow2.header_area import set_overlay_marker
 from nbdq.storage import FileStorage
 from tests.ops.harness import Served, check, info, qcow2_paths, qemu_reads, served
 from tests.support.images import Image, Layer, Variant, build
@@ -244,6 +246,22 @@ def test_bitmaps_of_a_disk_whose_commit_was_taken_back_are_in_use_in_its_file(tm
         disk.give_up(operation)
         said = json.loads(run("qemu-img", "info", "-U", "--output=json", image.top))
         assert "in-use" in said["format-specific"]["data"]["bitmaps"][0]["flags"]
+    check(*image.paths)
+
+
+def test_a_base_whose_commit_was_taken_back_names_its_overlay_still(tmp_path: Path) -> None:
+    image = _chain(tmp_path, *_THREE[:2])
+    with contextlib.closing(FileStorage.open(str(image.paths[0]), writable=True)) as base:
+        set_overlay_marker(base, read_header(base), str(image.top))
+    with served(image) as disk:
+        operation = ActiveCommit(disk.chain, base=1)
+        operation.complete()
+        operation.run(Control())
+        operation.pivot()
+        operation.revert()
+        disk.give_up(operation)
+    with contextlib.closing(FileStorage.open(str(image.paths[0]))) as base:
+        assert read_header(base).overlay_marker == str(image.top)
     check(*image.paths)
 
 
