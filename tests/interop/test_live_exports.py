@@ -1,11 +1,25 @@
 """Exports that come and go, disks that change their size, and questions about disks in use, over the admin socket."""
 
+import asyncio
 import json
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nbdq.admin.commands.queries import CheckRequest
+from nbdq.admin.commands.queries import check as check_image
+from nbdq.admin.jobs import Jobs
+from nbdq.admin.state import State
+from nbdq.chain.clusters import ClusterCache
+from nbdq.chain.live import LiveChain
+from nbdq.chain.policy import Policy
+from nbdq.ops.commit import Commit
+from nbdq.ops.control import Control
+from nbdq.server.export import Exports
+from nbdq.server.volume import Volume
 from tests.server.client import EINVAL, ENOSPC, EPERM, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, Client, Disconnected
 from tests.support.administration import Administered, administered, chain, check, qemu_io, verified_load
 from tests.support.tools import requires, run
@@ -325,3 +339,28 @@ def test_an_internal_snapshot_is_not_shown_while_a_job_changes_what_it_lies_over
         ):
             assert "is shown by an export" in server.refusal(command, device="disk", **more)
         assert "verification failed" not in qemu_io(server, "read -P 1 0 1M", export="s")
+
+
+def test_a_check_that_had_to_wait_checks_the_layer_that_was_asked_for(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.qcow2" for number in range(4)]
+    for path, below in zip(paths, [None, *paths], strict=False):
+        backing = [] if below is None else ["-b", below.name, "-F", "qcow2"]
+        run("qemu-img", "create", "-q", "-f", "qcow2", *backing, path, "1M")
+
+    async def story(volume: Volume) -> Any:
+        context: Any = SimpleNamespace(
+            volumes=SimpleNamespace(volume=lambda name: volume), jobs=Jobs(State(None), lambda event, data: None)
+        )
+        async with volume.steady():
+            task = asyncio.create_task(check_image(context, CheckRequest("disk", layer=str(paths[0]))))
+            await asyncio.sleep(0)
+            operation = Commit(volume.chain, top=1, base=2)
+            operation.run(Control())
+            operation.pivot()
+            operation.finish()
+        return await task
+
+    with closing(ClusterCache(budget=1 << 20)) as clusters:
+        live = LiveChain.open(str(paths[-1]), format="qcow2", policy=Policy(), clusters=clusters)
+        with closing(live):
+            assert str(paths[0]) in asyncio.run(story(Volume("disk", live, Exports())))["filename"]

@@ -131,15 +131,17 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
         )
 
     if arguments.x_nbdq_dry_run:
-        return await context.in_thread(_foresee_commit, chain, top, base, arguments.x_nbdq_directories)
+        async with volume.steady():
+            return await context.in_thread(_foresee_commit, chain, paths, arguments.x_nbdq_directories)
     changed = layers[max(0, top - 1) : base + 1]
     request = arguments.request("block-commit", "commit", volume, persistent=True, paths=paths, layers=changed)
     await context.jobs.start(request, make)
     return None
 
 
-def _foresee_commit(chain: LiveChain, top: int, base: int, directories: list[str]) -> dict[str, Any]:
+def _foresee_commit(chain: LiveChain, paths: dict[str, str], directories: list[str]) -> dict[str, Any]:
     """What a commit would do, found out without changing anything."""
+    top, base = chain.index_of(paths["top"]), chain.index_of(paths["base"])
     check_range(chain, top=top, base=base)
     plan = plan_commit(chain, top=top, base=base, directories=directories)
     return {

@@ -210,15 +210,16 @@ async def check(context: Context, arguments: CheckRequest) -> Reply:
     volume = context.volumes.volume(arguments.device)
     chain = volume.chain
     index = 0 if arguments.layer is None else chain.index_of(arguments.layer)
+    path = chain.layers[index].path
     if chain.layers[index].header is None:
-        raise OperationError(f"{printable(chain.layers[index].path, 1024)} is raw: this format does not support checks")
+        raise OperationError(f"{printable(path, 1024)} is raw: this format does not support checks")
     fix = arguments.fix == "leaks"
     if index > 0 or chain.read_only:
         if fix:
-            raise OperationError(f"{printable(chain.layers[index].path, 1024)} is only read; nothing is mended")
-        with context.jobs.exclusive(volume, "a check", frozenset({chain.layers[index].path}), shared=True):
+            raise OperationError(f"{printable(path, 1024)} is only read; nothing is mended")
+        with context.jobs.exclusive(volume, "a check", frozenset({path}), shared=True):
             async with volume.steady():
-                return await in_thread(_check_lower, chain, index)
+                return await in_thread(_check_lower, chain, path)
     with context.jobs.exclusive(volume, "a check"):
         async with volume.drained():
             try:
@@ -227,8 +228,8 @@ async def check(context: Context, arguments: CheckRequest) -> Reply:
                 volume.adopt()
 
 
-def _check_lower(chain: LiveChain, index: int) -> dict[str, Any]:
-    layer = chain.layers[index]
+def _check_lower(chain: LiveChain, path: str) -> dict[str, Any]:
+    layer = chain.layers[chain.index_of(path)]  # which may have another place by now
     return _result(layer.path, _checked(layer.storage, read_header(layer.storage)))
 
 
