@@ -16,7 +16,7 @@ from tests.crash.live.scenario import Prepared, Scenario, prepare
 from tests.crash.live.server import on_one_thread
 from tests.crash.live.stage import Recording, record
 from tests.crash.live.tree import Contents, TreeState, TreeTimeline
-from tests.crash.live.verdict import Bench, Referee, Restarted, _key
+from tests.crash.live.verdict import Bench, Referee, Restarted, key_of
 from tests.crash.verdict import Fault, Finding, compare
 
 _PER_MOMENT = 200
@@ -123,7 +123,7 @@ class _Run:
                     return
 
     def _look_at(self, cut: int, state: TreeState) -> None:
-        key = _key(state.contents), self._recording.promise(cut)
+        key = key_of(state.contents), self._recording.promise(cut)
         if key in self._seen:
             return
         self._seen.add(key)

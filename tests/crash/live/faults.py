@@ -27,6 +27,7 @@ from nbdq.errors import NbdqError
 from nbdq.server.volume import Volume
 from nbdq.storage import FileStorage
 from tests.crash.explore import scratch
+from tests.crash.guest import History
 from tests.crash.live.scenario import Prepared, Scenario, prepare
 from tests.crash.live.scenarios import SCENARIOS, by_name
 from tests.crash.live.server import JobFailed, Server, on_one_thread
@@ -189,7 +190,8 @@ class _Run:
             wrong = [compare(values, each) for each in allowed]
             if None not in wrong:
                 return f"{self._said()}, started again: {wrong[-1]}"
-            epochs.append(Epoch(replace_history(epochs[-1], values)))
+            last = epochs[-1].history
+            epochs.append(Epoch(History(self._recorder, values, first_number=last._next + 100)))
         if self.error is not None and "changed as wanted" not in str(self.error) and self._layers() == before:
             try:
                 await scenario.operate(stage)
@@ -215,12 +217,6 @@ class _Run:
     def _check_images(bench: Bench, contents: dict[str, bytearray], restarted: Restarted) -> Finding | None:
         bench.put(contents)
         return bench.check(contents, restarted, lambda finding: None)
-
-
-def replace_history(epoch: Epoch, values: Any) -> Any:
-    """A history that goes on where another one ended, with what was found then."""
-    history = epoch.history
-    return type(history)(history._recorder, values, first_number=history._next + 100)
 
 
 def swept(scenario: Scenario, fault: Fault, directory: Path, *, stride: int, first: int) -> Sweep:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from unittest.mock import patch
 
 from nbdq.storage import FileStorage
 from tests.crash.recorder import NEVER, Act, Entry, Recorder
-from tests.crash.states import Timeline, choices, materialise
+from tests.crash.states import Timeline, choices, everything, materialise
 
 #: What a directory holds.
 Contents = dict[str, bytearray]
@@ -128,11 +128,6 @@ class TreeTimeline:
         self._recorder = recorder
         self._files = Timeline(recorder.initial, recorder.entries)
 
-    @classmethod
-    def of(cls, recorder: TreeRecorder) -> Self:
-        """All that ``recorder`` has recorded."""
-        return cls(recorder)
-
     def cuts(self) -> list[tuple[int, Entry | NameAct]]:
         """Every moment at which more becomes possible, with what began then."""
         entries: Sequence[Entry | NameAct] = [entry for entry in self._recorder.entries if entry.act is not Act.SYNC]
@@ -156,9 +151,9 @@ class TreeTimeline:
         entry = newest if isinstance(newest, Entry) else None
         for fates in choices(moment, entry, generator, count=count):
             files = materialise(moment, fates)
-            happened = range(least, begun + 1)
+            happened: Sequence[int] = range(least, begun + 1)
             if len(happened) > 3:
-                happened = sorted({least, begun, generator.choice(happened)})  # type: ignore[assignment]
+                happened = sorted({least, begun, generator.choice(happened)})
             for number in happened:
                 names = dict(recorder.initial_names)
                 for act in recorder.name_acts[:number]:
@@ -168,7 +163,7 @@ class TreeTimeline:
                     lost = [
                         f"  {item} {'lost' if fate is None else f'has sectors {fate:b} (last first)'}"
                         for item, fate in zip(moment.pending, fates, strict=True)
-                        if fate != (1 << item.sector_count) - 1
+                        if fate != everything(item)
                     ]
                     missing = [f"  {act}: not happened" for act in recorder.name_acts[number:begun]]
                     return "\n".join((f"  files: {names}", *lost, *missing))

@@ -73,7 +73,7 @@ class Bench:
 
     def restart(self, contents: Contents) -> Restarted | Finding:
         """What a restart finds; the files may be changed by it."""
-        key = _key(contents)
+        key = key_of(contents)
         if key not in self._restarts:
             self.put(contents)
             self._restarts[key] = self._look()
@@ -159,7 +159,7 @@ class Bench:
     def _check_names(self, contents: Contents, restarted: Restarted) -> Finding | None:
         """Whether QEMU finds the same chains, and reads the same from them."""
         heads = {name: bytearray(content[:4096]) for name, content in contents.items() if name != STATE}
-        key = _key(heads) + repr(restarted.tops).encode()
+        key = key_of(heads) + repr(restarted.tops).encode()
         if key in self._headers:
             return None
         self._headers.add(key)
@@ -193,7 +193,8 @@ def _believed(path: Path) -> list[DirtyBits] | None:
         return [bits for bits in loaded if bits is not None]
 
 
-def _key(contents: Contents) -> bytes:
+def key_of(contents: Contents) -> bytes:
+    """Equal for equal contents under equal names."""
     digest = hashlib.blake2b(repr(sorted(contents)).encode(), digest_size=16)
     digest.update(fingerprint([contents[name] for name in sorted(contents)]))
     return digest.digest()
