@@ -108,6 +108,11 @@ class Twins:
             if edge % size:
                 self._excuse(edge, edge, size)
 
+    def excuse_end(self, top: dict[str, Any]) -> None:
+        """Of a disk that grows over a backing file, nbdq takes the last cluster into the top if that was cut."""
+        if top["format"] == "qcow2":
+            self._excuse(top["virtual-size"], top["virtual-size"], top["cluster-size"])
+
     def _excuse(self, start: int, end: int, size: int) -> None:
         self.excused.update(range(start // size * size // 512, (end // size + 1) * size // 512))
 
@@ -265,8 +270,10 @@ def _resize(twins: Twins, random: Random) -> None:
     new = size + random.randrange(-200, 2000) * 512 if random.random() < 0.8 else random.randrange(_LARGEST_DISK)
     new = max(0, min(new, _LARGEST_DISK)) // 512 * 512
     twins.say(f"    {size} → {new}")
-    if twins.both(lambda side: side.resize(new) or True) and new < size:
-        twins.excused.update(range(new // 512, size // 512 + 1))
+    if twins.both(lambda side: side.resize(new) or True):
+        twins.excuse_end(top)
+        if new < size:
+            twins.excused.update(range(new // 512, size // 512 + 1))
 
 
 def _bitmap(twins: Twins, random: Random) -> None:

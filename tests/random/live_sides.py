@@ -159,18 +159,22 @@ class Daemon(Side):
     def node(self) -> str:
         return self._nodes[-1]
 
+    def node_of(self, path: Path) -> str:
+        """How the node of a layer is called."""
+        return f"n-{path.stem}"
+
     @contextlib.contextmanager
     def serving(self, layers: list[Path], formats: list[str], options: Sequence[str]) -> Iterator[None]:
         """Serve the disk inside the block."""
         self.layers = layers
-        self._nodes = [_node(path) for path in layers]
+        self._nodes = [self.node_of(path) for path in layers]
         words: list[str] = []
         for number, (path, format) in enumerate(zip(layers, formats, strict=True)):
-            node: dict[str, Any] = {"driver": format, "node-name": _node(path), "discard": "unmap"}
+            node: dict[str, Any] = {"driver": format, "node-name": self.node_of(path), "discard": "unmap"}
             node["read-only"] = number < len(layers) - 1
             node["file"] = {"driver": "file", "filename": str(path), "discard": "unmap", "cache": {"no-flush": True}}
             if format != "raw":
-                node["backing"] = _node(layers[number - 1]) if number else None
+                node["backing"] = self.node_of(layers[number - 1]) if number else None
             words += ["--blockdev", json.dumps(node)]
         export = {**_EXPORT, "node-name": self._nodes[-1]}
         with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
@@ -203,15 +207,15 @@ class Daemon(Side):
     def snapshot(self, overlay: str, *, cluster_size: int | None, more: list[dict[str, Any]]) -> None:
         path = self.layers[-1].with_name(overlay)
         file = {"driver": "file", "filename": str(path), "discard": "unmap", "cache": {"no-flush": True}}
-        self("blockdev-add", driver="qcow2", node_name=_node(path), discard="unmap", backing=None, file=file)
-        action = {"type": "blockdev-snapshot", "data": {"node": self.node, "overlay": _node(path)}}
+        self("blockdev-add", driver="qcow2", node_name=self.node_of(path), discard="unmap", backing=None, file=file)
+        action = {"type": "blockdev-snapshot", "data": {"node": self.node, "overlay": self.node_of(path)}}
         try:
             self("transaction", actions=[*more, action])
         except AdminError:
-            self("blockdev-del", node_name=_node(path))
+            self("blockdev-del", node_name=self.node_of(path))
             raise
         self.layers.append(path)
-        self._nodes.append(_node(path))
+        self._nodes.append(self.node_of(path))
 
     def commit(self, top: int, base: int, during: Callable[[Side], None]) -> None:
         which = {"top_node": self._nodes[top], "base_node": self._nodes[base]}
@@ -255,7 +259,3 @@ class Daemon(Side):
             self("blockdev-del", node_name=node)
         del self._nodes[first:end]
         super()._drop(first, end)
-
-
-def _node(path: Path) -> str:
-    return f"n-{path.stem}"
