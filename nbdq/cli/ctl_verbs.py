@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from nbdq.cli.ctl_output import event_text, follow, job_text, show_table, size_text
+from nbdq.cli.ctl_follow import follow, job_text
+from nbdq.cli.ctl_output import event_text, show_table, size_text
 from nbdq.cli.ctl_session import CHECKPOINT, DISK, EXPORT, JOB, Session, absolute, pass_session
 from nbdq.cli.options import Size
 
@@ -28,7 +29,7 @@ def _start(session: Session, command: str, disk: str, *, background: bool, compl
     if background:
         return
     try:
-        follow(session.client, disk, complete=complete, as_json=session.as_json)
+        follow(session.client, [disk], complete=complete, as_json=session.as_json)
     except KeyboardInterrupt:
         click.echo(f"\nthe job goes on; nbdq ctl job cancel {disk} ends it", err=True)
         raise
@@ -285,8 +286,8 @@ def checkpoint_end(session: Session, id: str, failed: bool, hard: bool, backgrou
     started = session.call(
         "x-nbdq-checkpoint-end", id=id, success=False if failed else None, mode="hard" if hard else None
     )
-    for job in () if background else started["jobs"]:
-        follow(session.client, job, complete=True, as_json=session.as_json)
+    if not background:
+        follow(session.client, started["jobs"], complete=True, as_json=session.as_json)
 
 
 @click.command("jobs")
@@ -341,14 +342,14 @@ def set_speed(session: Session, job: str, speed: int) -> None:
 @pass_session
 def wait(session: Session, job: str) -> None:
     """Show how JOB goes on until it ends, or waits for somebody."""
-    follow(session.client, job, complete=False, as_json=session.as_json)
+    follow(session.client, [job], complete=False, as_json=session.as_json)
 
 
 @click.command("watch")
 @pass_session
 def watch(session: Session) -> None:
-    """Print events as they come."""
-    for event in session.client.events():
+    """Print events as they come, until the server goes away."""
+    while event := session.client.next_event():
         click.echo(json.dumps(event) if session.as_json else event_text(event))
 
 

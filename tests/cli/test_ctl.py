@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from nbdq.admin.client import AdminError
+from nbdq.cli.ctl_follow import follow
 from tests.support.administration import Administered, administered
 from tests.support.cli import run_nbdq
 from tests.support.tools import requires, run
@@ -75,8 +77,18 @@ def test_a_commit_can_be_left_ready_and_completed_later(ctl: Ctl) -> None:
     assert "nbdq ctl job complete disk" in ctl("commit", "disk", "--keep-ready").splitlines()[-1]
     assert "ready" in ctl("jobs")
     assert ctl("job", "complete", "disk") == ""
-    assert ctl("job", "wait", "disk").startswith("disk: ")  # done, or ended before it was watched
+    ctl.server.wait_for_jobs()
     assert ctl("jobs") == ""
+    assert "not there" in ctl.refusal("job", "wait", "disk")  # nobody can say any more how it ended
+
+
+def test_a_job_that_waits_for_somebody_already_is_not_waited_for(ctl: Ctl) -> None:
+    ctl("commit", "disk", "--keep-ready")
+    assert "nbdq ctl job complete disk" in ctl("job", "wait", "disk")
+    ctl("job", "cancel", "disk")
+    ctl.server.wait_for_jobs()
+    ctl("block-stream", "--device", "disk", "--job-id", "s", "--no-auto-finalize")
+    assert "nbdq ctl job finalize s" in ctl("job", "wait", "s").splitlines()[-1]
 
 
 def test_jobs_are_steered_from_another_command(ctl: Ctl) -> None:
@@ -106,6 +118,23 @@ def test_a_job_that_fails_while_it_is_watched_is_an_error(ctl: Ctl) -> None:
         ctl("job", "cancel", "disk")
         assert watcher.communicate()[1] == "nbdq: job disk was cancelled\n"
     assert watcher.returncode == 1
+
+
+def test_of_several_jobs_none_fails_unnoticed(tmp_path: Path) -> None:
+    images = []
+    for name in ("one", "two"):
+        base, top = tmp_path / f"{name}-base.qcow2", tmp_path / f"{name}.qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", base, "1M")
+        run("qemu-io", "-c", "write 0 1M", base)
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+        images.append(top)
+    with administered(*images) as server:
+        server("block-stream", device="one")
+        server("block-stream", device="two", speed=1)
+        server("block-job-cancel", device="two", force=True)
+        server.wait_for_jobs()
+        with pytest.raises(AdminError, match="job two was cancelled"):
+            follow(server.client, ["one", "two"], complete=True, as_json=True)
 
 
 def test_every_command_of_the_server_has_options_of_its_own(ctl: Ctl) -> None:
