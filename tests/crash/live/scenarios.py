@@ -121,6 +121,17 @@ def _resize(*sizes: int) -> Operate:
     return operate
 
 
+async def _grow_beside(stage: Stage) -> None:
+    volume = stage.server.volumes["disk"]
+    for size in (1024 * KIB, 3072 * KIB):
+        device = volume.chain.device
+        assert isinstance(device, OverlayDisk)
+        if device.size < size:
+            stage.beside(partial(device.grow, size))
+            volume.adopt()
+        stage.guests(4)
+
+
 def _amend(*steps: AmendOptions, size: int | None = None, whole: bool = False) -> Operate:
     async def operate(stage: Stage) -> None:
         for options in steps:
@@ -299,6 +310,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         spare=(Layer(format="raw", size=200 * KIB),),
     ),
     Scenario("growing", {"disk": (_BASE, _TOP)}, _resize(1024 * KIB, 3072 * KIB), largest=3072 * KIB),
+    Scenario("growing beside guests", {"disk": (_BASE, _TOP)}, _grow_beside, largest=3072 * KIB, threads=2),
     Scenario(
         "growing and shrinking",
         {"disk": (replace(_BASE, size=512 * KIB), _TOP)},
@@ -314,6 +326,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         "amending refcounts",
         {"disk": (_BASE, replace(_TOP, snapshot=True))},
         _amend(AmendOptions(refcount_bits=64), AmendOptions(refcount_bits=4)),
+    ),
+    Scenario(
+        "amending a whole chain beside guests",
+        {"disk": (_TOP, _TOP, _TOP)},
+        _amend(AmendOptions(refcount_bits=64), AmendOptions(version=3), whole=True),
+        threads=2,
     ),
     Scenario("amending a whole chain", {"disk": (_OLD, _OLD, _OLD)}, _amend(AmendOptions(version=3), whole=True)),
     Scenario("internal snapshots", {"disk": (_BASE, _TOP)}, _internal_create),
