@@ -154,6 +154,12 @@ class RotateBitmaps(_DrainedOnly):
                 f"Bitmap '{printable(name)}' is not persistent, and would not come along; add bitmaps for backups with"
                 " persistent: true"
             )
+        if any(state.name == name and not (state.is_recording or state.is_inconsistent) for state in bitmaps):
+            # So a crash in the middle of a checkpoint leaves it, whose successor has what it misses.
+            raise OperationError(
+                f"Bitmap '{printable(name)}' is disabled, and misses what was written since; merge into it the bitmap"
+                " that recorded that and enable it, or make a full backup"
+            )
         bitmaps.disable(name)
 
     async def undo(self) -> None:

@@ -96,7 +96,7 @@ class Server:
         await self.administration.start(self.volumes.values(), self.exports, lambda: None)
         await self.jobs_end()
 
-    async def order(self, name: str, **arguments: Any) -> Reply:
+    async def order(self, name: str, /, **arguments: Any) -> Reply:
         """Execute a command of the admin socket; jobs that it starts have ended well on return.
 
         Raises:

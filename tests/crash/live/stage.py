@@ -150,7 +150,7 @@ class Stage:
         """The absolute path of an image."""
         return str(self.directory / name)
 
-    async def order(self, name: str, **arguments: Any) -> Reply:
+    async def order(self, name: str, /, **arguments: Any) -> Reply:
         """As :meth:`Server.order`, with some more of the guests' requests afterwards."""
         reply = await self.server.order(name, **arguments)
         self.guests(2)

@@ -3,19 +3,21 @@
 ``python -m tests.crash.live`` and ``python -m tests.crash.live.faults`` do the same for as much as one likes.
 """
 
+import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nbdq.errors import OperationError
 from tests.crash.explore import scratch
 from tests.crash.live.explore import Explorer
 from tests.crash.live.faults import FAULTS, Sweep
 from tests.crash.live.mutants import MUTANTS, Mutant
 from tests.crash.live.scenario import Scenario, prepare
 from tests.crash.live.scenarios import SCENARIOS, by_name
-from tests.crash.live.server import on_one_thread
+from tests.crash.live.server import Server, on_one_thread
 from tests.crash.live.stage import record
 from tests.support.tools import requires
 
@@ -81,3 +83,34 @@ def test_an_operation_survives_any_one_fault_of_its_files(number: int, directory
         sweep = Sweep(prepared, fault, directory)
         sweep.run(stride=_STRIDE, first=1 + number % _STRIDE)
         assert not sweep.findings, sweep.findings[0]
+
+
+def test_a_checkpoint_that_a_crash_has_undone_leaves_no_bitmap_that_a_backup_would_believe_in_vain(
+    directory: Path,
+) -> None:
+    prepared = prepare(by_name()["a checkpoint"], directory)
+
+    async def half_done() -> None:
+        """The image as a cut between its sealing and the record of the overlay leaves it."""
+        server = Server(directory, prepared.scenario.disks, state=True)
+        await server.start()
+        await server.order("block-dirty-bitmap-add", node="disk", name="next", persistent=True)
+        await server.order("block-dirty-bitmap-disable", node="disk", name="bitmap")
+        server.close()
+
+    async def next_backup() -> None:
+        server = Server(directory, prepared.scenario.disks, state=True)
+        await server.start()
+        try:
+            disks = [{"node": "disk", "bitmap": "bitmap", "new-bitmap": "other"}]
+            with pytest.raises(OperationError, match="misses what was written since"):
+                await server.order("x-nbdq-checkpoint", id="two", disks=disks)
+            await server.order("block-dirty-bitmap-merge", node="disk", target="bitmap", bitmaps=["next"])
+            await server.order("block-dirty-bitmap-enable", node="disk", name="bitmap")
+            await server.order("x-nbdq-checkpoint", id="two", disks=disks)
+        finally:
+            server.kill()
+
+    with on_one_thread():
+        asyncio.run(half_done())
+        asyncio.run(next_backup())
