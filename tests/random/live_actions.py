@@ -33,8 +33,8 @@ class Action(NamedTuple):
         return f"{self.kind} {self.seed}"
 
 
-class QemuDied(Exception):
-    """QEMU's daemon has broken down: nobody can tell what it would have done."""
+class QemuFailed(Exception):
+    """QEMU's daemon has broken down, or has no code for what was asked for: the run ends here."""
 
 
 @dataclass
@@ -65,12 +65,14 @@ class Twins:
                 return act(side), None
             except AdminError as error:  # without a kind: the connection is gone
                 if side is self.sides[1] and not error.kind:
-                    raise QemuDied from None
+                    raise QemuFailed("the daemon is gone") from None
                 return None, f"{error}"
 
         with ThreadPoolExecutor(2) as pool:
             (mine, refusal), (other, their_refusal) = pool.map(attempt, self.sides)
         self.told.append(f"    → {refusal or 'done'} | {their_refusal or 'done'}")
+        if refusal is None and their_refusal == "Operation not supported":
+            raise QemuFailed(their_refusal)
         assert (refusal is None) == (their_refusal is None), (
             f"nbdq: {refusal or 'done'}; QEMU: {their_refusal or 'done'}"
         )
@@ -132,7 +134,10 @@ def compat(info: dict[str, Any]) -> str:
 
 
 def can_grow(top: dict[str, Any]) -> bool:
-    """Whether QEMU can hide what a longer backing file holds: in version 2 it refuses, where nbdq writes zeros."""
+    """Whether QEMU can hide what a longer backing file holds: in version 2 it refuses, where nbdq writes zeros.
+
+    What is hidden counts as changed in nbdq's bitmaps, not in QEMU's.
+    """
     return compat(top) != "0.10" or "backing-filename" not in top
 
 
@@ -265,10 +270,12 @@ def _stream(twins: Twins, random: Random) -> None:
 def _resize(twins: Twins, random: Random) -> None:
     top = twins.facts()
     size = top["virtual-size"]
-    if not can_grow(top):
+    if not can_grow(top) or ("backing-filename" in top and twins.sides[0].bitmaps()):
         return
     new = size + random.randrange(-200, 2000) * 512 if random.random() < 0.8 else random.randrange(_LARGEST_DISK)
     new = max(0, min(new, _LARGEST_DISK)) // 512 * 512
+    if new < size:  # what QEMU leaves behind the end in the last cluster comes to light when the disk grows again
+        new -= new % top.get("cluster-size", 512)
     twins.say(f"    {size} → {new}")
     if twins.both(lambda side: side.resize(new) or True):
         twins.excuse_end(top)

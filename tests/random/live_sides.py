@@ -65,28 +65,29 @@ class Side:
     def run_job(self, command: str, **arguments: Any) -> None:
         """Have a job done to its end."""
         self(command, job_id="job", auto_dismiss=False, **arguments)
-        self._finish()
-
-    def _finish(self, *, complete: bool = False) -> None:
-        """Return when the job has ended well."""
-        deadline = time.monotonic() + PATIENCE
-        while jobs := self("query-jobs"):
-            (job,) = jobs
-            if job["status"] == "concluded":
-                self("job-dismiss", id="job")
-                if "error" in job:
-                    raise AdminError(job["error"], "GenericError")
-            elif complete and job["status"] == "ready":
-                self("job-complete", id="job")
-                complete = False
-            assert time.monotonic() < deadline, f"{self.name}: {jobs}"
-            time.sleep(0.005)
+        finish(self)
 
     def _drop(self, first: int, end: int) -> None:
         """Layers that are not part of the disk any more: they would be overlays of what is."""
         for path in self.layers[first:end]:
             path.unlink()
         del self.layers[first:end]
+
+
+def finish(server: Callable[..., Any], *, complete: bool = False) -> None:
+    """Return when the job "job" has ended well; with ``complete``, complete it as soon as it is ready."""
+    deadline = time.monotonic() + PATIENCE
+    while jobs := server("query-jobs"):
+        (job,) = jobs
+        if job["status"] == "concluded":
+            server("job-dismiss", id="job")
+            if "error" in job:
+                raise AdminError(job["error"], "GenericError")
+        elif complete and job["status"] == "ready":
+            server("job-complete", id="job")
+            complete = False
+        assert time.monotonic() < deadline, jobs
+        time.sleep(0.005)
 
 
 class Nbdq(Side):
@@ -122,14 +123,14 @@ class Nbdq(Side):
         which = {"top": str(self.layers[top]), "base": str(self.layers[base])}
         self("block-commit", device="disk", job_id="job", auto_dismiss=False, **which)
         during(self)
-        self._finish(complete=top == len(self.layers) - 1)
+        finish(self, complete=top == len(self.layers) - 1)
         self._drop(base + 1, top + 1)
 
     def stream(self, layer: int, base: int | None, during: Callable[[Side], None]) -> None:
         which = {"x_nbdq_layer": str(self.layers[layer])} | ({} if base is None else {"base": str(self.layers[base])})
         self("block-stream", device="disk", job_id="job", auto_dismiss=False, **which)
         during(self)
-        self._finish()
+        finish(self)
         self._drop(0 if base is None else base + 1, layer)
 
     def resize(self, size: int) -> None:
@@ -223,7 +224,7 @@ class Daemon(Side):
             which["backing_file"] = str(self.layers[base])
         self("block-commit", device=self.node, job_id="job", auto_dismiss=False, **which)
         during(self)
-        self._finish(complete=top == len(self.layers) - 1)
+        finish(self, complete=top == len(self.layers) - 1)
         if top < len(self.layers) - 1:
             self._drop(base + 1, top + 1)
         else:
@@ -234,7 +235,7 @@ class Daemon(Side):
         which = {} if base is None else {"base_node": self._nodes[base], "backing_file": str(self.layers[base])}
         self("block-stream", device=self._nodes[layer], job_id="job", auto_dismiss=False, **which)
         during(self)
-        self._finish()
+        finish(self)
         self._drop(0 if base is None else base + 1, layer)
 
     def resize(self, size: int) -> None:

@@ -23,7 +23,7 @@ from random import Random
 
 from nbdq.admin.client import AdminError
 from tests.random.chains import random_chain
-from tests.random.live_actions import ACTIONS, WEIGHTS, Action, QemuDied, Twins, can_grow, compat, facts
+from tests.random.live_actions import ACTIONS, WEIGHTS, Action, QemuFailed, Twins, can_grow, compat, facts
 from tests.random.live_judge import judge
 from tests.support.images import Variant, build
 from tests.support.scratch import scratch
@@ -137,8 +137,9 @@ def failure(seed: int, rounds: Rounds) -> tuple[str, list[str]]:
         twins = make_twins(live_chain(seed), directory)
         try:
             play_twins(twins, rounds)
-        except QemuDied:
-            print(f"seed {seed}: QEMU broke down, after\n  {twins.told[-1]}", file=sys.stderr)
+        except QemuFailed as error:
+            action = next(line for line in reversed(twins.told) if line[:4].count(" ") == 2)
+            print(f"seed {seed}: QEMU failed:{action}: {error}", file=sys.stderr)
         except AssertionError as error:
             return str(error) or traceback.format_exc(), twins.told
         except Exception:
