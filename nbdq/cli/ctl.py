@@ -1,7 +1,7 @@
 """``nbdq ctl``: the administrator's client of a running server. One command, one call.
 
-Frequent things have verbs of their own (:mod:`nbdq.cli.ctl_verbs`). Every other command of the server can be given by
-its name: its options are made from what the server says about it, so a client knows whatever its server knows.
+Frequent things have verbs of their own (modules ``ctl_…``, by subject). Every other command of the server can be given
+by its name: its options are made from what the server says about it, so a client knows whatever its server knows.
 """
 
 from typing import Any
@@ -9,9 +9,12 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from nbdq.cli import ctl_bitmaps, ctl_exports, ctl_internal, ctl_jobs, ctl_verbs
 from nbdq.cli.ctl_session import COMMAND, NAMED, Json, Session, ask_quickly, pass_session
-from nbdq.cli.ctl_verbs import VERBS
 from nbdq.cli.options import Size
+
+_SUBJECTS = (ctl_verbs, ctl_jobs, ctl_exports, ctl_bitmaps, ctl_internal)
+VERBS = {str(verb.name): verb for subject in _SUBJECTS for verb in subject.VERBS}
 
 
 class _Verbs(click.Group):
@@ -46,12 +49,17 @@ def _generated(ctx: click.Context, name: str) -> click.Command | None:
 
     @pass_session
     def run(session: Session, /, **values: Any) -> None:
-        given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        given = {name: _joined(value) if isinstance(value, tuple) else value for name, value in values.items()}
         session.show(session.call(name, **{name: value for name, value in given.items() if value != []}))
 
     return click.Command(
         name, callback=run, help=about["help"], params=[_option(entry) for entry in about["arguments"]]
     )
+
+
+def _joined(values: tuple[Any, ...]) -> list[Any]:
+    """The array that was given member by member, or as one."""
+    return [member for value in values for member in (value if isinstance(value, list) else [value])]
 
 
 def _option(entry: dict[str, Any]) -> click.Option:

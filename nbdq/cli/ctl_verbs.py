@@ -1,15 +1,16 @@
-"""The verbs of ``nbdq ctl``: what administrators do every day, with few words."""
+"""Verbs of ``nbdq ctl`` for disks and their layers: what administrators do every day, with few words."""
 
-import json
 import os
 from typing import Any
 
 import click
 
 from nbdq.cli.ctl_follow import follow, job_text
-from nbdq.cli.ctl_output import event_text, show_table, size_text
-from nbdq.cli.ctl_session import CHECKPOINT, DISK, EXPORT, JOB, Session, absolute, pass_session
+from nbdq.cli.ctl_output import show_table, size_text
+from nbdq.cli.ctl_session import DISK, Session, absolute, pass_session
+from nbdq.cli.info import human_lines
 from nbdq.cli.options import Size
+from nbdq.errors import printable
 
 _speed = click.option("--speed", type=Size(), default=None, metavar="BYTES", help="Copy no more than this per second.")
 _background = click.option("--background", is_flag=True, help="Do not wait until it is done.")
@@ -60,6 +61,17 @@ def status(session: Session) -> None:
     for job in jobs:
         click.echo(job_text(job))
     return None
+
+
+@click.command("info")
+@click.argument("disk", type=DISK)
+@pass_session
+def info(session: Session, disk: str) -> None:
+    """Show the layers of DISK, the active one first, as 'nbdq info --backing-chain' does."""
+    layers = session.call("x-nbdq-info", device=disk)
+    if session.as_json:
+        return session.show(layers)
+    return click.echo("\n\n".join("\n".join(human_lines(layer)) for layer in layers))
 
 
 @click.command("snapshot")
@@ -117,8 +129,21 @@ def commit(
         "x_nbdq_directories": [absolute(path) for path in directories],
     }
     if dry_run:
-        return session.show(session.call("block-commit", device=disk, x_nbdq_dry_run=True, **about))
+        plan = session.call("block-commit", device=disk, x_nbdq_dry_run=True, **about)
+        return session.show(plan) if session.as_json else _show_plan(plan)
     return _start(session, "block-commit", disk, background=background, complete=not keep_ready, speed=speed, **about)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    click.echo(f"copies {size_text(plan['bytes'])}; the base grows by {size_text(plan['grows-by'])}")
+    click.echo(f"needs {size_text(plan['space-needed'])} of {size_text(plan['space-free'])} that are free")
+    for member, meaning in {
+        "drops": "drops out of the disk",
+        "invalid": "does not read the same any more",
+        "overlays": "is another overlay of the base, and would be damaged",
+    }.items():
+        for path in plan[member]:
+            click.echo(f"{printable(path, 1000)}: {meaning}")
 
 
 @click.command("stream")
@@ -235,128 +260,13 @@ def resize(session: Session, disk: str, size: int, shrink: bool) -> None:
     session.call("block_resize", device=disk, size=size, x_nbdq_shrink=shrink or None)
 
 
-@click.command("exports")
-@pass_session
-def exports(session: Session) -> None:
-    """List exports, with their clients."""
-    session.show(session.call("query-block-exports"))
-
-
-@click.command("unexport")
-@click.argument("export", type=EXPORT)
-@click.option("--mode", type=click.Choice(["safe", "soft", "hard"]), default=None, help="What becomes of its clients.")
-@pass_session
-def unexport(session: Session, export: str, mode: str | None) -> None:
-    """Take EXPORT back."""
-    session.call("block-export-del", id=export, mode=mode)
-
-
-@click.command("bitmaps")
+@click.command("threshold")
 @click.argument("disk", type=DISK)
+@click.argument("size", type=Size())
 @pass_session
-def bitmaps(session: Session, disk: str) -> None:
-    """List the dirty bitmaps of DISK, layer by layer."""
-    session.show(session.call("x-nbdq-bitmap-list", node=disk))
+def threshold(session: Session, disk: str, size: int) -> None:
+    """Send the event BLOCK_WRITE_THRESHOLD, once, when the file of DISK's active layer grows past SIZE; 0 for never."""
+    session.call("block-set-write-threshold", node_name=disk, write_threshold=size)
 
 
-@click.command("checkpoint")
-@click.argument("id")
-@click.argument("disks", nargs=-1, required=True, metavar="DISK[,bitmap=NAME][,new-bitmap=NAME][,export=NAME]...")
-@pass_session
-def checkpoint(session: Session, id: str, disks: tuple[str, ...]) -> None:
-    """Freeze one moment of all DISKs under the name ID, and export it for a backup."""
-    members = []
-    for disk in disks:
-        node, *options = disk.split(",")
-        pairs = [option.partition("=") for option in options]
-        if any(not equals for _, equals, _ in pairs):
-            raise click.UsageError(f"{disk!r}: after the disk, only NAME=VALUE")
-        members.append({"node": node, **{name: value for name, _, value in pairs}})
-    session.show(session.call("x-nbdq-checkpoint", id=id, disks=members))
-
-
-@click.command("checkpoint-end")
-@click.argument("id", type=CHECKPOINT)
-@click.option("--failed", is_flag=True, help="The backup was not made: what had changed counts as changed still.")
-@click.option("--hard", is_flag=True, help="Cut clients that still read it.")
-@_background
-@pass_session
-def checkpoint_end(session: Session, id: str, failed: bool, hard: bool, background: bool) -> None:
-    """End the checkpoint ID: what was written meanwhile goes back into the images."""
-    started = session.call(
-        "x-nbdq-checkpoint-end", id=id, success=False if failed else None, mode="hard" if hard else None
-    )
-    if not background:
-        follow(session.client, started["jobs"], complete=True, as_json=session.as_json)
-
-
-@click.command("jobs")
-@pass_session
-def jobs(session: Session) -> None:
-    """List what goes on."""
-    found = session.call("query-block-jobs")
-    if session.as_json:
-        return session.show(found)
-    for job in found:
-        click.echo(job_text(job))
-    return None
-
-
-@click.group("job")
-def job() -> None:
-    """Steer a job."""
-
-
-def _order(verb: str, help: str) -> click.Command:
-    @click.command(verb, help=help)
-    @click.argument("job", type=JOB)
-    @pass_session
-    def order(session: Session, job: str) -> None:
-        session.call(f"job-{verb}", id=job)
-
-    return order
-
-
-for _verb, _help in {
-    "pause": "Let JOB stop, after the piece of work in hand.",
-    "resume": "Let JOB go on.",
-    "cancel": "End JOB; the disk stays as it was.",
-    "complete": "Let JOB, which is ready, finish.",
-    "finalize": "Let JOB, which is pending, finish.",
-    "dismiss": "Forget JOB, which is concluded.",
-}.items():
-    job.add_command(_order(_verb, _help))
-
-
-@job.command("speed")
-@click.argument("job", type=JOB)
-@click.argument("speed", type=Size())
-@pass_session
-def set_speed(session: Session, job: str, speed: int) -> None:
-    """Let JOB copy no more than SPEED bytes per second; 0 for no limit."""
-    session.call("block-job-set-speed", device=job, speed=speed)
-
-
-@job.command("wait")
-@click.argument("job", type=JOB)
-@pass_session
-def wait(session: Session, job: str) -> None:
-    """Show how JOB goes on until it ends, or waits for somebody."""
-    follow(session.client, [job], complete=False, as_json=session.as_json)
-
-
-@click.command("watch")
-@pass_session
-def watch(session: Session) -> None:
-    """Print events as they come, until the server goes away."""
-    while event := session.client.next_event():
-        click.echo(json.dumps(event) if session.as_json else event_text(event))
-
-
-VERBS: dict[str, click.Command] = {
-    str(verb.name): verb
-    for verb in (
-        *(status, snapshot, commit, stream, rebase, amend, resize, exports, unexport, bitmaps),
-        *(checkpoint, checkpoint_end, jobs, job, watch),
-    )
-}
+VERBS: tuple[click.Command, ...] = (status, info, snapshot, commit, stream, rebase, amend, resize, threshold)

@@ -36,7 +36,7 @@ def info_command(image: str, output: str, backing_chain: bool, **options: Any) -
     if output == "json":
         click.echo(json.dumps(layers if backing_chain else layers[0], indent=4))
     else:
-        click.echo("\n\n".join("\n".join(_human_lines(layer)) for layer in layers))
+        click.echo("\n\n".join("\n".join(human_lines(layer)) for layer in layers))
 
 
 def _describe_image(path: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _describe_chain(path: str, arguments: dict[str, Any]) -> list[dict[str, Any]
         return [describe_image(layer.storage, layer.header) for layer in layers]
 
 
-def _human_lines(layer: dict[str, Any]) -> Iterator[str]:
+def human_lines(layer: dict[str, Any]) -> Iterator[str]:
     """The lines of QEMU 7.2 for one layer."""
     yield f"image: {_shown(layer['filename'])}"
     yield f"file format: {layer['format']}"

@@ -12,7 +12,7 @@ from click.testing import Result
 
 from nbdq.admin.client import AdminError
 from nbdq.cli.ctl_follow import follow
-from tests.support.administration import Administered, administered
+from tests.support.administration import Administered, administered, qemu_io
 from tests.support.cli import run_nbdq
 from tests.support.tools import requires, run
 
@@ -139,7 +139,7 @@ def test_of_several_jobs_none_fails_unnoticed(tmp_path: Path) -> None:
 
 def test_every_command_of_the_server_has_options_of_its_own(ctl: Ctl) -> None:
     assert ctl("block-dirty-bitmap-add", "--node", "disk", "--name", "b", "--granularity", "64k") == ""
-    listed = json.loads(ctl("bitmaps", "disk"))
+    listed = json.loads(ctl("--json", "bitmaps", "disk"))
     assert [bitmap["name"] for bitmap in listed[0]["dirty-bitmaps"]] == ["b"]
     result = ctl.run("block-dirty-bitmap-add", "--node", "disk")
     assert result.exit_code == 2
@@ -153,6 +153,9 @@ def test_call_takes_arguments_as_the_server_describes_them(ctl: Ctl) -> None:
     ctl("call", "block-dirty-bitmap-add", "node=disk", "name=7", "persistent=yes", "granularity=128k")
     actions = [{"type": "block-dirty-bitmap-remove", "data": {"node": "disk", "name": "7"}}]
     ctl("call", "transaction", f"actions={json.dumps(actions)}")
+    actions[0]["type"] = "block-dirty-bitmap-add"
+    ctl("transaction", "--actions", json.dumps(actions))
+    ctl("transaction", "--actions", json.dumps({**actions[0], "type": "block-dirty-bitmap-remove"}))
     assert ctl("bitmaps", "disk") == ""
     assert "Parameter 'name' is missing" in ctl.refusal("call", "block-dirty-bitmap-add", "node=disk")
     assert "not been found" in ctl.refusal("call", "frobnicate")
@@ -208,11 +211,77 @@ def _sleeps(pid: int) -> bool:
 
 
 def test_a_checkpoint_begins_and_ends(ctl: Ctl) -> None:
-    ctl("block-dirty-bitmap-add", "--node", "disk", "--name", "b0", "--persistent")
-    begun = json.loads(ctl("checkpoint", "c1", "disk,bitmap=b0,new-bitmap=b1"))
-    assert begun["disks"][0]["new-bitmap"] == "b1"
+    ctl("bitmap", "add", "disk", "b0")
+    begun = ctl("checkpoint", "c1", "disk,bitmap=b0,new-bitmap=b1").splitlines()
+    assert begun[1].split() == ["c1", "disk", "disk-c1", "b0", "b1"]
+    assert ctl("checkpoints").splitlines() == begun
+    assert json.loads(ctl("--json", "checkpoints"))[0]["disks"][0]["new-bitmap"] == "b1"
     assert "done" in ctl("checkpoint-end", "c1")
-    assert ctl("x-nbdq-query-checkpoints") == ""
+    assert ctl("checkpoints") == ""
+
+
+def test_bitmaps_are_changed_and_listed_in_lines(ctl: Ctl) -> None:
+    ctl("bitmap", "add", "disk", "a", "--granularity", "128k")
+    ctl("bitmap", "add", "disk", "b", "--transient", "--disabled")
+    qemu_io(ctl.server, "write 0 64k")
+    a, b = (line.split("  ") for line in ctl("bitmaps", "disk").splitlines()[1:])
+    assert {"a", "128 KiB", "recording, persistent"} <= {cell.strip() for cell in a}
+    assert {"b", "0 B", "disabled, transient"} <= {cell.strip() for cell in b}
+    ctl("bitmap", "disable", "disk", "a")
+    ctl("bitmap", "enable", "disk", "b")
+    assert "recording, transient" in ctl("bitmaps", "disk")
+    ctl("bitmap", "merge", "disk", "b", "a")
+    ctl("bitmap", "clear", "disk", "a")
+    assert [bitmap["count"] for bitmap in json.loads(ctl("--json", "bitmaps", "disk"))[0]["dirty-bitmaps"]] == [
+        0,
+        128 << 10,
+    ]
+    ctl("bitmap", "remove", "disk", "a")
+    ctl("bitmap", "remove", "disk", "b")
+    assert ctl("bitmaps", "disk") == ""
+    assert "not found" in ctl.refusal("bitmap", "clear", "disk", "a")
+
+
+def test_internal_snapshots_are_kept_applied_exported_and_deleted(ctl: Ctl) -> None:
+    ctl("internal", "create", "disk", "before")
+    qemu_io(ctl.server, "write -P 9 0 64k")
+    assert "before" in ctl("internal", "list", "disk")
+    ctl("export", "disk", "old", "--internal", "before", "-D", "as it was")
+    qemu_io(ctl.server, "read -P 1 0 64k", export="old")
+    shown = ctl("exports")
+    assert "@ before" in shown
+    assert "as it was" in shown
+    ctl("unexport", "old")
+    ctl("internal", "apply", "disk", "before")
+    qemu_io(ctl.server, "read -P 1 0 64k")
+    ctl("internal", "delete", "disk", "before")
+    assert ctl("internal", "list", "disk") == ""
+
+
+def test_a_layer_can_be_exported_and_clients_be_held_back(ctl: Ctl) -> None:
+    ctl("export", "disk", "below", "--layer", ctl.directory / "base.qcow2", "-e", "2")
+    qemu_io(ctl.server, "read -P 1 2M 64k", export="below")
+    below = ctl("exports").splitlines()[2]
+    assert "read-only" in below
+    assert "0 of 2" in below
+    ctl("pause", "disk", "--seconds", "0", "--flush")
+    assert "paused" in ctl("exports")
+    ctl("resume", "disk")
+    assert "paused" not in ctl("exports")
+    ctl("export", "disk", "second", "--writable")
+    qemu_io(ctl.server, "write -P 3 0 64k", export="second")
+
+
+def test_layers_and_the_plan_of_a_commit_are_shown_in_lines(ctl: Ctl) -> None:
+    shown = ctl("info", "disk")
+    assert [line for line in shown.splitlines() if line.startswith("image: ")] == [
+        f"image: {ctl.directory / name}" for name in ("disk.qcow2", "base.qcow2")
+    ]
+    plan = ctl("commit", "disk", "--dry-run").splitlines()
+    assert plan[0].startswith("copies 4 MiB")
+    assert plan[2] == f"{ctl.directory / 'disk.qcow2'}: drops out of the disk"
+    ctl("threshold", "disk", "1G")
+    assert json.loads(ctl("--json", "query-block"))[0]["inserted"]["write_threshold"] == 1 << 30
 
 
 @pytest.mark.parametrize(
