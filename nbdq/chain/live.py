@@ -299,7 +299,8 @@ class LiveChain:
             new = [old[0] if layer.storage is old[0].storage else layer for layer in new]
             device = top or self._open_disk(new[0], new[1:])
             undo.pop_all()
-        self._become_reader(old[0])
+        if old[0].storage not in self._lower:  # else it is given back with its LowerLayer
+            self._become_reader(old[0])
         self.device = device
         self._watch_threshold()
         return new

@@ -259,8 +259,11 @@ def test_a_base_whose_commit_was_taken_back_names_its_overlay_still(tmp_path: Pa
         operation.run(Control())
         operation.pivot()
         operation.revert()
+        with contextlib.closing(FileStorage.open(str(image.paths[0]))) as base, pytest.raises(ImageLocked):
+            lock_image(base.descriptor, base.path, READER)  # it is still written to
         disk.give_up(operation)
     with contextlib.closing(FileStorage.open(str(image.paths[0]))) as base:
+        lock_image(base.descriptor, base.path, READER)
         assert read_header(base).overlay_marker == str(image.top)
     check(*image.paths)
 
