@@ -2,6 +2,7 @@
 out of a run and the others still mean something."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -60,13 +61,17 @@ class Twins:
             AssertionError: only one refuses, or they return different things.
         """
 
+        daemon = self.sides[1]
+
         def attempt(side: Side) -> tuple[_Result | None, str | None]:
             try:
                 return act(side), None
-            except AdminError as error:  # without a kind: the connection is gone
-                if side is self.sides[1] and not error.kind:
-                    raise QemuFailed("the daemon is gone") from None
-                return None, f"{error}"
+            except (AdminError, AssertionError, subprocess.TimeoutExpired) as error:
+                if side is daemon and (why := daemon.epitaph()) is not None:
+                    raise QemuFailed(why or "it was silent") from None
+                if isinstance(error, AdminError):
+                    return None, str(error)
+                raise
 
         with ThreadPoolExecutor(2) as pool:
             (mine, refusal), (other, their_refusal) = pool.map(attempt, self.sides)
@@ -273,9 +278,11 @@ def _resize(twins: Twins, random: Random) -> None:
     if not can_grow(top) or ("backing-filename" in top and twins.sides[0].bitmaps()):
         return
     new = size + random.randrange(-200, 2000) * 512 if random.random() < 0.8 else random.randrange(_LARGEST_DISK)
-    new = max(0, min(new, _LARGEST_DISK)) // 512 * 512
+    new = max(512, min(new, _LARGEST_DISK)) // 512 * 512
     if new < size:  # what QEMU leaves behind the end in the last cluster comes to light when the disk grows again
         new -= new % top.get("cluster-size", 512)
+    if new == 0:  # nbdq refuses to make a disk disappear
+        return
     twins.say(f"    {size} → {new}")
     if twins.both(lambda side: side.resize(new) or True):
         twins.excuse_end(top)

@@ -160,6 +160,15 @@ class Daemon(Side):
     def node(self) -> str:
         return self._nodes[-1]
 
+    def epitaph(self) -> str | None:
+        """What it said last, if it has broken down."""
+        try:
+            self._process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            return None
+        assert self._process.stderr is not None
+        return self._process.stderr.read().strip()
+
     def node_of(self, path: Path) -> str:
         """How the node of a layer is called."""
         return f"n-{path.stem}"
@@ -188,6 +197,7 @@ class Daemon(Side):
             ]
             # QEMU looks for external data files in its working directory (Q76).
             process = subprocess.Popen(command, cwd=layers[-1].parent, stderr=subprocess.PIPE, text=True)
+            self._process = process
             try:
                 deadline = time.monotonic() + PATIENCE
                 while not ready.exists():
@@ -199,11 +209,13 @@ class Daemon(Side):
                 with Client(str(monitor), timeout=PATIENCE) as self.client:
                     yield
                     self("quit")
-                said = process.communicate(timeout=PATIENCE)[1]
-                assert process.returncode == 0, f"the storage daemon ended with {process.returncode}: {said}"
+                status = process.wait(PATIENCE)
+                assert status == 0, f"the storage daemon ended with {status}: {self.epitaph()}"
             finally:
                 process.kill()
-                process.communicate()
+                process.wait()
+                assert process.stderr is not None
+                process.stderr.close()
 
     def snapshot(self, overlay: str, *, cluster_size: int | None, more: list[dict[str, Any]]) -> None:
         path = self.layers[-1].with_name(overlay)
