@@ -3,10 +3,8 @@ answers on (R-43). An "internal error" would leave a traceback in the server's l
 """
 
 import contextlib
-import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ import pytest
 from nbdq.admin.client import AdminError, Client
 from tests.support.administration import Administered, administered, check, qemu_io, verified_load
 from tests.support.serving import PATIENCE
-from tests.support.tools import execute, requires, run
+from tests.support.tools import requires, run
 
 pytestmark = requires("qemu-img", "qemu-io", "fio")
 
@@ -87,7 +85,7 @@ def disk(tmp_path: Path) -> Path:
 @contextlib.contextmanager
 def served(disk: Path) -> Iterator[Administered]:
     """A server that answers when the block ends, and disks that QEMU finds whole."""
-    with administered("-x", "disk", "--state", disk.parent / "state", disk) as server:
+    with administered("--state", disk.parent / "state", disk) as server:
         yield server
         for job in server("query-jobs"):
             with contextlib.suppress(AdminError):
@@ -103,11 +101,12 @@ def call(client: Client, command: str, arguments: dict[str, Any]) -> str | None:
     """Why a command is refused; None if it is done."""
     try:
         client.call(command, arguments)
+        return None
     except AdminError as error:
-        assert error.kind, f"{command} {arguments!r} broke the connection: {error}"
-        assert "internal error" not in str(error), f"{command} {arguments!r}"
-        return str(error)
-    return None
+        refusal = error
+    assert refusal.kind, f"{command} {arguments!r} broke the connection: {refusal}"
+    assert "internal error" not in str(refusal), f"{command} {arguments!r}"
+    return str(refusal)
 
 
 def members(server: Administered) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -148,7 +147,7 @@ def test_no_member_of_any_command_takes_another_type(disk: Path) -> None:
         for request, refusal in zip(requests, in_parallel(server, requests), strict=True):
             assert refusal is not None, request
             assert refusal.startswith(("Invalid parameter type for", "Parameter '")), (request, refusal)
-        qemu_io(server, *MARKED, export="disk")
+        qemu_io(server, *MARKED)
 
 
 def test_no_value_of_any_member_upsets_the_server(disk: Path) -> None:
@@ -234,7 +233,10 @@ def test_no_path_leads_out_of_the_disks_directory(disk: Path, tmp_path: Path) ->
         requests = [
             (command, arguments | {member: path.format(outside=outside)})
             for command, arguments, member in PATH_MEMBERS
-            for path in (*PATHS, *(os.path.join(disk.parent, path) for path in PATHS if not path.startswith(("/", "{"))))
+            for path in (
+                *PATHS,
+                *(os.path.join(disk.parent, path) for path in PATHS if not path.startswith(("/", "{"))),
+            )
         ]
         for command, arguments in requests:
             if arguments.get("backing-file") != "":  # no backing file: that can be done
@@ -243,7 +245,7 @@ def test_no_path_leads_out_of_the_disks_directory(disk: Path, tmp_path: Path) ->
         for directory in ("/dev", "/proc/self/fd", "/proc", str(disk.parent / "fifo"), "/nowhere", "", str(outside)):
             looked = {"device": "disk", "top": str(disk.with_name("middle.qcow2")), "x-nbdq-dry-run": True}
             call(server.client, "block-commit", looked | {"x-nbdq-directories": [directory]})
-        qemu_io(server, *MARKED, export="disk")
+        qemu_io(server, *MARKED)
     assert {path: path.read_bytes() for path in outside.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disks", "outside"]
 
@@ -276,7 +278,7 @@ def test_lines_that_no_client_should_send_cost_their_connection_alone(disk: Path
                     while said := sock.recv(1 << 16):
                         assert b"internal error" not in said, line[:100]
             assert server("query-status")["running"]
-        qemu_io(server, *MARKED, export="disk")
+        qemu_io(server, *MARKED)
 
 
 def test_whoever_steers_jobs_at_random_meets_refusals(disk: Path) -> None:
@@ -307,8 +309,76 @@ def test_whoever_steers_jobs_at_random_meets_refusals(disk: Path) -> None:
         ):
             assert call(server.client, command, arguments) is not None, command
         assert [job["id"] for job in server("query-jobs")] == ["j"]
-        qemu_io(server, *MARKED, export="disk")
+        qemu_io(server, *MARKED)
         server("job-cancel", id="j")
         while server("query-jobs"):
             time.sleep(0.01)
-        qemu_io(server, *MARKED, export="disk")
+        qemu_io(server, *MARKED)
+
+
+def _random_command(random: Random, server: Administered, directory: Path, number: int) -> tuple[str, dict[str, Any]]:
+    """One that may well be carried out. Arguments fit each other only by chance."""
+    names = ["base", "middle", "disk", *(f"s{each}" for each in range(number))]
+    layer = str(directory / f"{random.choice(names)}.qcow2")
+    other = str(directory / f"{random.choice(names)}.qcow2")
+    job = random.choice("jkl")
+    bitmap = random.choice("abc")
+    verb = random.choice(("pause", "resume", "cancel", "complete", "finalize", "dismiss"))
+    options = {"device": "disk", "job-id": job, "speed": random.choice((0, 0, 1 << 20))}
+    options |= {"auto-finalize": random.random() < 0.8, "auto-dismiss": random.random() < 0.8}
+    commands: list[tuple[str, dict[str, Any]]] = [
+        ("blockdev-snapshot-sync", {"device": "disk", "snapshot-file": str(directory / f"s{number}.qcow2")}),
+        ("block-commit", options | random.choice([{"top": layer, "base": other}, {"base": other}, {}])),
+        ("block-stream", options | random.choice([{"base": other}, {"x-nbdq-layer": layer}, {}])),
+        ("x-nbdq-rebase", options | {"backing-file": other, "backing-format": "qcow2"}),
+        ("x-nbdq-amend", options | random.choice([{"refcount-bits": 64}, {"lazy-refcounts": True}, {"chain": True}])),
+        (f"job-{verb}", {"id": job}),
+        (f"job-{verb}", {"id": job}),
+        ("block_resize", {"device": "disk", "size": (64 << 20) + random.randrange(64) * 65536}),
+        (f"block-dirty-bitmap-{random.choice(('add', 'remove', 'clear'))}", {"node": "disk", "name": bitmap}),
+        ("block-dirty-bitmap-merge", {"node": "disk", "target": bitmap, "bitmaps": ["a"]}),
+        ("blockdev-snapshot-internal-sync", {"device": "disk", "name": bitmap}),
+        ("blockdev-snapshot-delete-internal-sync", {"device": "disk", "name": bitmap}),
+        ("block-export-add", {"type": "nbd", "id": bitmap, "node-name": "disk", "name": bitmap, "writable": True}),
+        ("block-export-add", {"type": "nbd", "id": bitmap, "node-name": "disk", "name": bitmap, "x-nbdq-layer": layer}),
+        ("block-export-del", {"id": bitmap, "mode": random.choice(("safe", "hard", "soft"))}),
+        ("x-nbdq-pause", {"device": "disk", "seconds": 1}),
+        ("x-nbdq-resume", {"device": "disk"}),
+        ("x-nbdq-check", {"device": "disk", "fix": random.choice(("none", "leaks"))}),
+        ("x-nbdq-map", {"device": "disk", "consistent": random.random() < 0.5}),
+        ("x-nbdq-checkpoint", {"id": job, "disks": [{"node": "disk", "new-bitmap": bitmap}]}),
+        ("x-nbdq-checkpoint-end", {"id": job, "success": random.random() < 0.5}),
+        ("query-block", {}),
+        ("query-named-block-nodes", {}),
+        ("query-block-jobs", {}),
+    ]
+    return random.choice(commands)
+
+
+def test_random_commands_from_many_clients_at_once_harm_no_disk_under_load(disk: Path) -> None:
+    print(f"seed {SEED}")
+    done: list[str] = []
+
+    def order(client_number: int) -> None:
+        random = Random(SEED * 100 + client_number)
+        with Client(server.client.path, timeout=PATIENCE) as client:
+            for number in range(50):
+                command, arguments = _random_command(random, server, disk.parent, client_number * 50 + number)
+                if call(client, command, arguments) is None:
+                    done.append(command)
+
+    with served(disk) as server:
+        with verified_load(server, disk), ThreadPoolExecutor(4) as pool:
+            list(pool.map(order, range(4)))
+            for job in server("query-jobs"):
+                with contextlib.suppress(AdminError):
+                    server("job-resume", id=job["id"])
+                with contextlib.suppress(AdminError):
+                    server("job-cancel", id=job["id"])
+            with contextlib.suppress(AdminError):
+                server("x-nbdq-resume", device="disk")
+        qemu_io(server, *MARKED)
+        top = Path(server("query-block")[0]["inserted"]["file"])
+    print(len(done), sorted(set(done)))
+    assert len(set(done)) > 8
+    run("qemu-io", "-r", "-f", "qcow2", *(word for read in MARKED for word in ("-c", read)), top)
