@@ -42,7 +42,8 @@ _CACHE = 16 << 20
 _SETTLED_HERE = ("size", "backing_file", "backing_fmt")
 #: Options whose names differ from those of the fields of AmendOptions.
 _FIELDS = {"compat": "version", "data_file": "data_file_name"}
-_OPTIONS = {
+#: What ``-o`` takes.
+OPTIONS = {
     "backing_file": Option("str", str, "The image below: the disk stays what it is, as with nbdq rebase"),
     "backing_fmt": Option("str", one_of({"qcow2": "qcow2", "raw": "raw"}), "Format of the image below"),
     "compat": Option("str", one_of(VERSIONS), "QCOW2 version: 0.10 (v2) or 1.1 (v3)"),
@@ -121,7 +122,7 @@ def amend_command(
     """
     words = split_options(options)
     if "help" in words or "?" in words:
-        print_options("Amend options for 'qcow2':", _OPTIONS)
+        print_options("Amend options for 'qcow2':", OPTIONS)
         return
     if image is None:
         raise click.UsageError("Missing argument 'IMAGE'.")
@@ -129,7 +130,7 @@ def amend_command(
         raise NbdqError("Must specify options (-o)")
     if format == "raw":
         raise NbdqError("Format driver 'raw' does not support option amendment")
-    values = parse_options(words, _OPTIONS, _unknown)[1]
+    values = parse_options(words, OPTIONS, unknown_option)[1]
     if whole_chain and (single := sorted(set(values) - _OF_CHAINS)):
         raise NbdqError(f"{', '.join(single)}: an option of one image; leave out --chain")
     wanted = AmendOptions(
@@ -158,7 +159,8 @@ def amend_command(
         control.end()
 
 
-def _unknown(name: str) -> NbdqError:
+def unknown_option(name: str) -> NbdqError:
+    """Why ``-o`` does not take ``name``."""
     text = f"Invalid parameter '{printable(name)}'"
     if name in _CREATION_ONLY:
         return NbdqError(f"{text}: This option is only supported for image creation")

@@ -100,10 +100,11 @@ def merge(session: Session, disk: str, target: str, sources: tuple[str, ...]) ->
 @click.argument("disks", nargs=-1, required=True, metavar="DISK[,OPTION=NAME]...")
 @pass_session
 def checkpoint(session: Session, id: str, disks: tuple[str, ...]) -> None:
-    """Freeze one moment of all DISKs under the name ID, and export it for a backup.
+    """Freeze one moment of all DISKs for a backup.
 
-    Options of a disk are bitmap=NAME, which ends there and says what changed; new-bitmap=NAME, which begins there, for
-    the next time; export=NAME of the frozen moment (by default DISK-ID); snapshot-file=PATH, where writes go meanwhile.
+    It is exported read-only until checkpoint-end is told the same ID. Options of a disk are bitmap=NAME, which ends
+    there and says what changed; new-bitmap=NAME, which begins there, for the next time; export=NAME of the frozen
+    moment (by default DISK-ID); snapshot-file=PATH, where writes go meanwhile.
     """
     members = []
     for disk in disks:
@@ -140,7 +141,7 @@ def _show(session: Session, found: list[dict[str, Any]], *, one: bool = False) -
 @click.option("--background", is_flag=True, help="Do not wait until it is done.")
 @pass_session
 def checkpoint_end(session: Session, id: str, failed: bool, hard: bool, background: bool) -> None:
-    """End the checkpoint ID: what was written meanwhile goes back into the images."""
+    """End the checkpoint ID. What was written meanwhile goes back into the images."""
     started = session.call(
         "x-nbdq-checkpoint-end", id=id, success=False if failed else None, mode="hard" if hard else None
     )

@@ -66,7 +66,7 @@ def export(
     discard: str | None,
     detect_zeroes: str | None,
 ) -> None:
-    """Offer DISK to NBD clients under another NAME, too: read-only, unless --writable is given."""
+    """Offer DISK under another NAME, too. Clients can only read, unless --writable is given."""
     session.call(
         "block-export-add",
         type="nbd",
@@ -105,7 +105,7 @@ def unexport(session: Session, export: str, mode: str | None) -> None:
 @click.option("--flush", is_flag=True, help="Make durable what was written until then.")
 @pass_session
 def pause(session: Session, disk: str, seconds: int | None, flush: bool) -> None:
-    """Hold back all clients of DISK; nothing that they asked for is in progress any more."""
+    """Hold back all clients of DISK. On return nothing that they asked for is in progress any more."""
     session.call("x-nbdq-pause", device=disk, seconds=seconds, flush=flush)
 
 

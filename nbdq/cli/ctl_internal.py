@@ -10,7 +10,7 @@ from nbdq.cli.ctl_session import DISK, Session, pass_session
 
 @click.group("internal")
 def internal() -> None:
-    """Internal snapshots: keep states of a disk in its own image."""
+    """Internal snapshots: states that a disk's image keeps."""
 
 
 @internal.command("list")

@@ -53,7 +53,7 @@ for _verb, _help in {
 @click.argument("speed", type=Size())
 @pass_session
 def set_speed(session: Session, job: str, speed: int) -> None:
-    """Let JOB copy no more than SPEED bytes per second; 0 for no limit."""
+    """Limit JOB to SPEED bytes per second; 0 for no limit."""
     session.call("block-job-set-speed", device=job, speed=speed)
 
 
@@ -61,7 +61,7 @@ def set_speed(session: Session, job: str, speed: int) -> None:
 @click.argument("job", type=JOB)
 @pass_session
 def wait(session: Session, job: str) -> None:
-    """Show how JOB goes on until it ends, or waits for somebody."""
+    """Watch JOB until it ends, or waits for somebody."""
     follow(session.client, [job], complete=False, as_json=session.as_json)
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import click
 
+from nbdq.cli.amend import OPTIONS, unknown_option
 from nbdq.cli.ctl_follow import follow, job_text
 from nbdq.cli.ctl_output import show_table, size_text
 from nbdq.cli.ctl_session import DISK, Session, absolute, pass_session
 from nbdq.cli.info import human_lines
+from nbdq.cli.option_lists import parse_options, print_options, split_options
 from nbdq.cli.options import Size
-from nbdq.errors import printable
+from nbdq.errors import NbdqError, printable
 
 _speed = click.option("--speed", type=Size(), default=None, metavar="BYTES", help="Copy no more than this per second.")
 _background = click.option("--background", is_flag=True, help="Do not wait until it is done.")
@@ -25,8 +27,7 @@ _directories = click.option(
 
 def _start(session: Session, command: str, disk: str, *, background: bool, complete: bool = True, **about: Any) -> None:
     """Start a job that is called as its disk, and watch it unless it is to go on in the background."""
-    given = {name: value for name, value in about.items() if value not in ([], False)}
-    session.call(command, device=disk, **given)
+    session.call(command, device=disk, **about)
     if background:
         return
     try:
@@ -50,6 +51,7 @@ def status(session: Session) -> None:
         shown = [export["id"] or '""' for export in exports if export["node-name"] == block["device"]]
         rows.append(
             {
+                "layers": block.get("inserted", {}).get("backing_file_depth", 0) + 1,
                 "disk": block["device"],
                 "size": size_text(image.get("virtual-size", 0)),
                 "used": size_text(image.get("actual-size", 0)),
@@ -57,7 +59,7 @@ def status(session: Session) -> None:
                 "exports": " ".join(shown),
             }
         )
-    show_table(rows, ["disk", "size", "used", "top", "exports"])
+    show_table(rows, ["disk", "size", "used", "layers", "top", "exports"])
     for job in jobs:
         click.echo(job_text(job))
     return None
@@ -67,7 +69,7 @@ def status(session: Session) -> None:
 @click.argument("disk", type=DISK)
 @pass_session
 def info(session: Session, disk: str) -> None:
-    """Show the layers of DISK, the active one first, as 'nbdq info --backing-chain' does."""
+    """Show the layers of DISK, the active one first."""
     layers = session.call("x-nbdq-info", device=disk)
     if session.as_json:
         return session.show(layers)
@@ -84,7 +86,10 @@ def info(session: Session, disk: str) -> None:
 def snapshot(
     session: Session, disk: str, file: str, cluster_size: int | None, existing: bool, minimum_free: int | None
 ) -> None:
-    """Freeze the images of DISK: a new overlay FILE takes all writes from now on."""
+    """Freeze the images of DISK. A new overlay FILE takes all writes from now on.
+
+    Bitmaps stay below, and mark nothing any more; for backups, use a checkpoint.
+    """
     session.call(
         "blockdev-snapshot-sync",
         device=disk,
@@ -120,13 +125,17 @@ def commit(
     speed: int | None,
     background: bool,
 ) -> None:
-    """Commit layers of DISK into one below them; they drop out of its chain."""
+    """Commit layers of DISK into one below them. They drop out of its chain; their files stay.
+
+    A commit of the active layer completes by itself while it is watched. With --background or --keep-ready it copies
+    what is written meanwhile, too, until 'nbdq ctl job complete'.
+    """
     about: dict[str, Any] = {
         "top": absolute(top),
         "base": absolute(base),
         "backing_file": backing_file,
-        "x_nbdq_force": force,
-        "x_nbdq_directories": [absolute(path) for path in directories],
+        "x_nbdq_force": force or None,
+        "x_nbdq_directories": [absolute(path) for path in directories] or None,
     }
     if dry_run:
         plan = session.call("block-commit", device=disk, x_nbdq_dry_run=True, **about)
@@ -163,7 +172,7 @@ def stream(
     speed: int | None,
     background: bool,
 ) -> None:
-    """Let a layer of DISK take over what the layers below it hold."""
+    """Let a layer of DISK take over what those below hold."""
     _start(
         session,
         "block-stream",
@@ -195,7 +204,10 @@ def rebase(
     speed: int | None,
     background: bool,
 ) -> None:
-    """Put a layer of DISK over BACKING, as named from that layer ('': over nothing); the disk reads the same."""
+    """Put a layer of DISK over another BACKING.
+
+    BACKING is a name as it is to be recorded, seen from the layer's directory; '' for nothing. The disk reads the same.
+    """
     if unsafe:
         name = absolute(layer) or _top(session, disk)
         session.call(
@@ -224,30 +236,49 @@ def _top(session: Session, disk: str) -> str:
     return next((block["inserted"]["file"] for block in blocks if block["device"] == disk), disk)
 
 
+#: What can be amended while a disk is served; what lies below is changed by rebase.
+_AMENDABLE = {name: option for name, option in OPTIONS.items() if not name.startswith("backing_")}
+
+
 @click.command("amend")
-@click.argument("disk", type=DISK)
-@click.option("-o", "options", multiple=True, metavar="NAME=VALUE[,...]", help="What to change, as for 'nbdq amend'.")
+@click.argument("disk", type=DISK, required=False)
+@click.option("-o", "options", multiple=True, metavar="NAME=VALUE[,...]", help="What to change; see -o help.")
 @click.option("--chain", is_flag=True, help="All layers of DISK, the deepest first.")
+@click.option("--shrink", is_flag=True, help="With -o size: let the disk become smaller; what lies behind is lost.")
 @_directories
 @_background
 @pass_session
 def amend(
-    session: Session, disk: str, options: tuple[str, ...], chain: bool, directories: tuple[str, ...], background: bool
+    session: Session,
+    disk: str | None,
+    options: tuple[str, ...],
+    chain: bool,
+    shrink: bool,
+    directories: tuple[str, ...],
+    background: bool,
 ) -> None:
     """Change options of the images of DISK while it is served."""
-    about: dict[str, Any] = {"chain": chain, "directories": [absolute(path) for path in directories]}
-    for option in ",".join(options).split(",") if options else ():
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise click.UsageError(f"{option!r} is not NAME=VALUE")
-        about[name] = _amended(name, value)
-    _start(session, "x-nbdq-amend", disk, background=background, **about)
+    words = split_options(options)
+    if "help" in words or "?" in words:
+        return print_options("Amend options for 'qcow2':", _AMENDABLE)
+    if disk is None:
+        raise click.UsageError("Missing argument 'DISK'.")
+    if not words:
+        raise click.UsageError("say what to change: -o NAME=VALUE; see -o help")
+    texts, values = parse_options(words, _AMENDABLE, _not_amendable)
+    about: dict[str, Any] = {
+        "chain": chain or None,
+        "shrink": shrink or None,
+        "directories": [absolute(path) for path in directories] or None,
+    }
+    wanted = values | ({"compat": texts["compat"]} if "compat" in texts else {})
+    return _start(session, "x-nbdq-amend", disk, background=background, **about, **wanted)
 
 
-def _amended(name: str, value: str) -> Any:
-    if name in ("lazy_refcounts", "data_file_raw"):
-        return click.BOOL.convert(value, None, None)
-    return Size().convert(value, None, None) if name in ("size", "refcount_bits") else value
+def _not_amendable(name: str) -> NbdqError:
+    if name in OPTIONS:
+        return NbdqError(f"{name}: use nbdq ctl rebase, while the disk is served")
+    return unknown_option(name)
 
 
 @click.command("resize")
@@ -265,7 +296,8 @@ def resize(session: Session, disk: str, size: int, shrink: bool) -> None:
 @click.argument("size", type=Size())
 @pass_session
 def threshold(session: Session, disk: str, size: int) -> None:
-    """Send the event BLOCK_WRITE_THRESHOLD, once, when the file of DISK's active layer grows past SIZE; 0 for never."""
+    """Have an event tell when DISK's file grows past SIZE. It is the file of the active layer, and one event
+    BLOCK_WRITE_THRESHOLD; SIZE 0 for none."""
     session.call("block-set-write-threshold", node_name=disk, write_threshold=size)
 
 

@@ -58,7 +58,7 @@ def ctl(tmp_path: Path) -> Iterator[Ctl]:
 
 def test_status_shows_disks_exports_and_jobs(ctl: Ctl) -> None:
     heading, disk = ctl("status").splitlines()
-    assert heading.split() == ["DISK", "SIZE", "USED", "TOP", "EXPORTS"]
+    assert heading.split() == ["DISK", "SIZE", "USED", "LAYERS", "TOP", "EXPORTS"]
     assert disk.split()[:3] == ["disk", "16", "MiB"]
     assert set(json.loads(ctl("--json", "status"))) == {"disks", "exports", "jobs"}
 
@@ -270,6 +270,22 @@ def test_a_layer_can_be_exported_and_clients_be_held_back(ctl: Ctl) -> None:
     assert "paused" not in ctl("exports")
     ctl("export", "disk", "second", "--writable")
     qemu_io(ctl.server, "write -P 3 0 64k", export="second")
+
+
+def test_images_are_amended_with_the_options_of_nbdq_amend(ctl: Ctl) -> None:
+    ctl("amend", "disk", "-o", "lazy_refcounts=on,refcount_bits=64")
+    ctl("amend", "disk", "-o", "lazy_refcounts=off")
+    ctl("amend", "disk", "-o", "size=8M", "--shrink")
+    about = json.loads(ctl("--json", "info", "disk"))[0]
+    assert about["virtual-size"] == 8 << 20
+    assert (about["format-specific"]["data"]["lazy-refcounts"], about["format-specific"]["data"]["refcount-bits"]) == (
+        False,
+        64,
+    )
+    assert "lazy_refcounts" in ctl("amend", "-o", "help")
+    assert "nbdq ctl rebase" in ctl.refusal("amend", "disk", "-o", "backing_file=x")
+    assert "image creation" in ctl.refusal("amend", "disk", "-o", "cluster_size=1M")
+    assert ctl.run("amend", "disk").exit_code == 2
 
 
 def test_layers_and_the_plan_of_a_commit_are_shown_in_lines(ctl: Ctl) -> None:
