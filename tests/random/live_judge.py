@@ -22,7 +22,8 @@ def judge(twins: Twins) -> None:
         AssertionError: it says otherwise.
     """
     assert [path.name for path in twins.ours.paths] == [path.name for path in twins.theirs.paths]
-    for mine, other in zip(twins.ours.paths, twins.theirs.paths, strict=True):
+    raw = told(twins.ours.paths[0])["format"] == "raw"
+    for number, (mine, other) in enumerate(zip(twins.ours.paths, twins.theirs.paths, strict=True)):
         about = told(mine)
         assert about == told(other), f"{mine.name}: nbdq: {about}\nQEMU: {told(other)}"
         if about["format"] == "qcow2":
@@ -39,7 +40,7 @@ def judge(twins: Twins) -> None:
             digests = [_snapshot_digest(path, snapshot) for path in (mine, other)]
             assert digests[0] == digests[1], f"{mine.name}: internal snapshot {snapshot} differs"
         if about["format"] == "qcow2":
-            _judge_map(twins, mine, other)
+            _judge_map(twins, mine, other, raw_depth=number if raw else -1)
 
 
 def told(path: Path) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def told(path: Path) -> dict[str, Any]:
     return found
 
 
-def _judge_map(twins: Twins, mine: Path, other: Path) -> None:
+def _judge_map(twins: Twins, mine: Path, other: Path, *, raw_depth: int) -> None:
     """nbdq holds nothing further up than QEMU, and no data where QEMU has none; a raw file's holes are the file
     system's business.
 
@@ -68,16 +69,17 @@ def _judge_map(twins: Twins, mine: Path, other: Path) -> None:
     differences = []
     for start, end, ours_there, theirs_there in both_extents(ours, theirs):
         sectors = range(start // 512, -(-end // 512))
-        if _effort(ours_there) > _effort(theirs_there) and not twins.excused.issuperset(sectors):
+        efforts = [_effort(extent, raw_depth) for extent in (ours_there, theirs_there)]
+        if efforts[0] > efforts[1] and not twins.excused.issuperset(sectors):
             differences.append(f"  {start}-{end}: nbdq {ours_there}, QEMU {theirs_there}")
-        elif _effort(ours_there) != _effort(theirs_there):
+        elif efforts[0] != efforts[1]:
             twins.excused.update(sectors)
     assert not differences, f"map of {mine.name} differs:\n" + "\n".join(differences)
 
 
-def _effort(extent: dict[str, Any]) -> int:
-    """The contents being the same: 0 for zeros, more for data the further up it is."""
-    return 1000 - extent["depth"] if extent["data"] else 0
+def _effort(extent: dict[str, Any], raw_depth: int) -> int:
+    """The contents being the same: 0 for zeros, and in a raw file, more for data the further up it is."""
+    return 1000 - extent["depth"] if extent["data"] and extent["depth"] != raw_depth else 0
 
 
 def _snapshot_digest(path: Path, name: str) -> str:
