@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from nbdq.admin.checkpoints import Checkpoints
 from nbdq.admin.jobs import Jobs
@@ -10,10 +10,7 @@ from nbdq.admin.policies import Policies
 from nbdq.admin.state import JobRecord, State
 from nbdq.errors import NotFound, printable
 from nbdq.server.export import Exports
-from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,3 @@ class Context:
     peer: Peer
     resumed: Resumed | None = None
     """What a command is to go on with; None if a client gave the command."""
-
-    async def in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """What ``function`` returns; it may wait for a disk, on another thread, and is never interrupted."""
-        return await in_thread(function, *arguments)

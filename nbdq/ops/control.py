@@ -43,14 +43,6 @@ class Control:
             self._window_start, self._window_bytes = monotonic(), 0
             self._wake.notify_all()
 
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancelled
-
-    @property
-    def is_paused(self) -> bool:
-        return self._paused
-
     def cancel(self) -> None:
         """Let the operation end at its next :meth:`advance`."""
         with self._wake:

@@ -132,11 +132,6 @@ class Export:
         """Whether sessions must not begin anything."""
         return self._pause.is_on or self.gate.is_closed
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether :meth:`pause` holds clients back."""
-        return self._pause.is_on
-
     async def pause(self, seconds: float | None, on_expired: Callable[[], None] = lambda: None) -> None:
         """Hold its clients back, for at most so long; on return nothing that they began is in progress."""
         self._pause.begin(seconds, on_expired)

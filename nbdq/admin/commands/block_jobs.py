@@ -20,6 +20,7 @@ from nbdq.ops.operation import Operation
 from nbdq.ops.preflight import plan_commit
 from nbdq.ops.rebase import Rebase, change_backing_file
 from nbdq.ops.stream import Stream
+from nbdq.server.threads import in_thread
 from nbdq.server.volume import Volume
 
 
@@ -132,7 +133,7 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
 
     if arguments.x_nbdq_dry_run:
         async with volume.steady():
-            return await context.in_thread(_foresee_commit, chain, paths, arguments.x_nbdq_directories)
+            return await in_thread(_foresee_commit, chain, paths, arguments.x_nbdq_directories)
     changed = layers[max(0, top - 1) : base + 1]
     request = arguments.request("block-commit", "commit", volume, persistent=True, paths=paths, layers=changed)
     await context.jobs.start(request, make)
@@ -256,9 +257,7 @@ async def change_backing(context: Context, arguments: ChangeBackingFile) -> Repl
     with context.jobs.exclusive(volume, "change-backing-file"):
         async with volume.steady():
             index = chain.index_of(arguments.image_node_name)
-            await context.in_thread(
-                change_backing_file, chain, index, arguments.backing_file, arguments.x_nbdq_backing_format
-            )
+            await in_thread(change_backing_file, chain, index, arguments.backing_file, arguments.x_nbdq_backing_format)
     return None
 
 

@@ -340,12 +340,6 @@ class L2Batch:
         table = int(self._tables.offsets[self._rows[row]])
         return f"entry {column} of the L2 table at {table:#x} is {int(self.entry[place]):#x}: {what}"
 
-    def file_offsets(self, places: _Offsets) -> _Offsets:
-        """Where the entries are in the file."""
-        index = self.index(places)
-        tables = self._tables.offsets[self._rows[index // self._geometry.l2_count]]
-        return np.asarray(tables + index % self._geometry.l2_count * self._geometry.entry_size)
-
     def copied_mismatches(self, refcounts: StoredRefcounts | ReferenceCounts) -> tuple[_Offsets, _Words]:
         """Entries of active tables whose COPIED bit does not say whether the refcount is 1 (Q37), and the refcounts."""
         places = self.data

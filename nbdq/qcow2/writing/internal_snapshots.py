@@ -36,25 +36,6 @@ _MAX_NAME = 255
 _COPIED = np.uint64(COPIED)
 
 
-def choose_snapshot(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot:
-    """The snapshot with the id ``wanted``, else the only one of that name (4.5).
-
-    Raises:
-        NotFound: there is none.
-        OperationError: several have that name.
-    """
-    for snapshot in snapshots:
-        if snapshot.id == wanted:
-            return snapshot
-    named = [snapshot for snapshot in snapshots if snapshot.name == wanted]
-    if len(named) > 1:
-        ids = ", ".join(printable(snapshot.id, 20) for snapshot in named[:20])
-        raise OperationError(f"several snapshots are named '{printable(wanted)}'; say which by its id: {ids}")
-    if not named:
-        raise NotFound(f"there is no snapshot with the id or name '{printable(wanted)}'")
-    return named[0]
-
-
 def prepare_snapshot(image: WritableImage) -> None:
     """Write out, and bring into the page cache, what :func:`create_snapshot` would have to wait for. Requests may be in
     progress; what it finds then needs less time.

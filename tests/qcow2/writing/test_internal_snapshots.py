@@ -17,11 +17,10 @@ from nbdq.qcow2.audit.check import check_image
 from nbdq.qcow2.entries import COPIED
 from nbdq.qcow2.format import read_header
 from nbdq.qcow2.image import Qcow2Image
-from nbdq.qcow2.snapshots import Snapshot, read_snapshots
+from nbdq.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
 from nbdq.qcow2.writing import mapping, refcounts
 from nbdq.qcow2.writing.internal_snapshots import (
     apply_snapshot,
-    choose_snapshot,
     create_snapshot,
     delete_snapshot,
 )
@@ -559,28 +558,14 @@ def test_what_another_operation_holds_is_waited_for_by_trying_again(engine: Engi
     sound(engine)
 
 
-# Finding.
-
-
-def test_a_snapshot_is_chosen_by_id_then_by_name(path: Path) -> None:
-    """4.5: and never by a name that several have."""
-    for name in ("2", "twice", "twice", "other"):
-        run("qemu-img", "snapshot", "-c", name, path)
-    with Engine(path) as engine:
-        found = snapshots(engine)
-    assert choose_snapshot(found, "2") is found[1]
-    assert choose_snapshot(found, "other") is found[3]
-    with pytest.raises(OperationError, match="by its id: 2, 3"):
-        choose_snapshot(found, "twice")
-    with pytest.raises(NotFound):
-        choose_snapshot(found, "none")
+# Names and ids.
 
 
 def test_no_snapshot_gets_an_id_that_is_the_name_of_another(engine: Engine) -> None:
     """Or who shows the one by its name would suddenly show the other."""
     first = create(engine, "2")
     assert create(engine, "x").id == "3"
-    assert choose_snapshot(snapshots(engine), "2") == first
+    assert find_snapshot(snapshots(engine), "2") == first
 
 
 # With QEMU.
@@ -677,9 +662,9 @@ def test_qemu_does_the_same_to_a_twin(tmp_path: Path) -> None:
             if verb == "-c":
                 create(engine, name)
             elif verb == "-d":
-                delete_snapshot(engine.image, choose_snapshot(snapshots(engine), name))
+                delete_snapshot(engine.image, find_snapshot(snapshots(engine), name))
             else:
-                go_back(engine, choose_snapshot(snapshots(engine), name))
+                go_back(engine, find_snapshot(snapshots(engine), name))
 
     write(0, 1 * M, 1)
     both("-c", "a")
