@@ -23,7 +23,7 @@ def bitmaps(session: Session, disk: str) -> None:
             "name": bitmap["name"],
             "dirty": size_text(bitmap["count"]),
             "granularity": size_text(bitmap["granularity"]),
-            "state": _state(bitmap),
+            "state": _state(bitmap, layer["depth"]),
             "layer": layer["path"],
         }
         for layer in layers
@@ -34,11 +34,13 @@ def bitmaps(session: Session, disk: str) -> None:
     return None
 
 
-def _state(bitmap: dict[str, Any]) -> str:
+def _state(bitmap: dict[str, Any], depth: int) -> str:
     if bitmap.get("inconsistent"):
         return "inconsistent"
-    states = ["recording" if bitmap["recording"] else "disabled", "persistent" if bitmap["persistent"] else "transient"]
-    return ", ".join(states + (["exported"] if bitmap["busy"] else []))
+    # Nobody writes to what lies below, so nothing is marked there; a commit into it marks what it brings.
+    marks = "frozen" if depth else "recording" if bitmap["recording"] else "disabled"
+    kind = "persistent" if bitmap["persistent"] else "transient"
+    return ", ".join([marks, kind, *(["exported"] if bitmap["busy"] else [])])
 
 
 @click.group("bitmap")

@@ -88,8 +88,11 @@ def snapshot(
 ) -> None:
     """Freeze the images of DISK. A new overlay FILE takes all writes from now on.
 
-    Bitmaps stay below, and mark nothing any more; for backups, use a checkpoint.
+    Persistent bitmaps stay below, and mark nothing until a commit into their layer, which marks what it brings.
+    Transient ones are gone.
     """
+    if not file:
+        raise click.UsageError("FILE must not be empty")
     session.call(
         "blockdev-snapshot-sync",
         device=disk,

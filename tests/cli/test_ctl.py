@@ -236,8 +236,16 @@ def test_bitmaps_are_changed_and_listed_in_lines(ctl: Ctl) -> None:
         0,
         128 << 10,
     ]
-    ctl("bitmap", "remove", "disk", "a")
     ctl("bitmap", "remove", "disk", "b")
+    ctl("bitmap", "enable", "disk", "a")
+    ctl("snapshot", "disk", ctl.directory / "above.qcow2")
+    qemu_io(ctl.server, "write 1M 64k")
+    assert "frozen, persistent" in ctl("bitmaps", "disk")
+    ctl("commit", "disk", "--base", ctl.directory / "disk.qcow2")
+    (a,) = ctl("bitmaps", "disk").splitlines()[1:]
+    assert a.split()[1:3] == ["128", "KiB"]
+    assert "recording, persistent" in a
+    ctl("bitmap", "remove", "disk", "a")
     assert ctl("bitmaps", "disk") == ""
     assert "not found" in ctl.refusal("bitmap", "clear", "disk", "a")
 
