@@ -13,6 +13,8 @@ from nbdq.errors import printable
 
 #: Seconds between looks at jobs.
 _POLL_SECONDS = 0.5
+#: Exit status of who is interrupted, as in shells.
+INTERRUPTED = 130
 
 
 def job_text(job: dict[str, Any]) -> str:
@@ -59,14 +61,28 @@ class Progress:
 def follow(client: Client, jobs: Sequence[str], *, complete: bool, as_json: bool) -> None:
     """Watch jobs until each has ended, or waits for somebody; let one that is ready complete if ``complete`` says so.
 
-    What happened since ``client`` connected counts, too: a job that it has started cannot end unnoticed.
+    What happened since ``client`` connected counts, too: a job that it has started cannot end unnoticed. Whoever
+    interrupts this leaves, and is told that the jobs go on.
 
     Raises:
         AdminError: one failed, was cancelled, is paused by an error or is not there; said when none goes on any more.
             Or the server went away.
     """
+    left = list(jobs)
     progress = Progress(as_json=as_json)
-    left, failures = list(jobs), []
+    try:
+        _follow(client, left, progress, complete=complete, as_json=as_json)
+    except KeyboardInterrupt:
+        progress.clear()
+        for job_id in left:
+            shown = printable(job_id)
+            click.echo(f"\njob {shown} goes on; nbdq ctl job cancel {shown} ends it", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _follow(client: Client, left: list[str], progress: Progress, *, complete: bool, as_json: bool) -> None:
+    """Watch the jobs in ``left``, and remove from there those that are done with."""
+    failures = []
     completing: set[str] = set()
     while left:
         for event in _events(client):

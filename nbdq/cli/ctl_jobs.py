@@ -4,7 +4,7 @@ import json
 
 import click
 
-from nbdq.cli.ctl_follow import follow, job_text
+from nbdq.cli.ctl_follow import INTERRUPTED, follow, job_text
 from nbdq.cli.ctl_output import event_text
 from nbdq.cli.ctl_session import JOB, Session, pass_session
 from nbdq.cli.options import Size
@@ -69,8 +69,11 @@ def wait(session: Session, job: str) -> None:
 @pass_session
 def watch(session: Session) -> None:
     """Print events as they come, until the server goes away."""
-    while event := session.client.next_event():
-        click.echo(json.dumps(event) if session.as_json else event_text(event))
+    try:
+        while event := session.client.next_event():
+            click.echo(json.dumps(event) if session.as_json else event_text(event))
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 VERBS: tuple[click.Command, ...] = (jobs, job, watch)

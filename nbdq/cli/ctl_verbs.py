@@ -28,13 +28,8 @@ _directories = click.option(
 def _start(session: Session, command: str, disk: str, *, background: bool, complete: bool = True, **about: Any) -> None:
     """Start a job that is called as its disk, and watch it unless it is to go on in the background."""
     session.call(command, device=disk, **about)
-    if background:
-        return
-    try:
+    if not background:
         follow(session.client, [disk], complete=complete, as_json=session.as_json)
-    except KeyboardInterrupt:
-        click.echo(f"\nthe job goes on; nbdq ctl job cancel {disk} ends it", err=True)
-        raise
 
 
 @click.command("status")
@@ -163,6 +158,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
 @click.option("--base", type=click.Path(), default=None, help="Take over only what lies above this layer.")
 @click.option("--layer", type=click.Path(), default=None, help="The layer that takes over.  [default: the active one]")
 @click.option("--backing-file", default=None, help="What it records as its backing file, instead of a name that fits.")
+@click.option("--force", is_flag=True, help="Also if internal snapshots of that layer read otherwise then.")
 @_speed
 @_background
 @pass_session
@@ -172,6 +168,7 @@ def stream(
     base: str | None,
     layer: str | None,
     backing_file: str | None,
+    force: bool,
     speed: int | None,
     background: bool,
 ) -> None:
@@ -184,6 +181,7 @@ def stream(
         base=absolute(base),
         x_nbdq_layer=absolute(layer),
         backing_file=backing_file,
+        x_nbdq_force=force or None,
         speed=speed,
     )
 
@@ -194,6 +192,7 @@ def stream(
 @click.option("-F", "--backing-format", type=click.Choice(["qcow2", "raw"]), default=None, help="Format of BACKING.")
 @click.option("--layer", type=click.Path(), default=None, help="The layer to rebase.  [default: the active one]")
 @click.option("-u", "--unsafe", is_flag=True, help="Change only what the header says, unseen.")
+@click.option("--force", is_flag=True, help="Also if internal snapshots of that layer read otherwise then.")
 @_speed
 @_background
 @pass_session
@@ -204,6 +203,7 @@ def rebase(
     backing_format: str | None,
     layer: str | None,
     unsafe: bool,
+    force: bool,
     speed: int | None,
     background: bool,
 ) -> None:
@@ -229,6 +229,7 @@ def rebase(
         backing_file=backing,
         backing_format=backing_format,
         layer=absolute(layer),
+        force=force or None,
         speed=speed,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,22 @@ def test_of_several_jobs_none_fails_unnoticed(tmp_path: Path) -> None:
         server.wait_for_jobs()
         with pytest.raises(AdminError, match="job two was cancelled"):
             follow(server.client, ["one", "two"], complete=True, as_json=True)
+
+
+def test_who_interrupts_the_watching_of_a_job_is_told_that_it_goes_on(ctl: Ctl) -> None:
+    ctl("stream", "disk", "--speed", "1", "--background")
+    with subprocess.Popen(
+        [sys.executable, "-m", "nbdq", "ctl", "-s", ctl.socket, "job", "wait", "disk"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watcher:
+        assert watcher.stdout is not None
+        assert "running" in watcher.stdout.readline()
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.communicate()[1] == "\njob disk goes on; nbdq ctl job cancel disk ends it\n"
+    assert watcher.returncode == 130
+    assert "running" in ctl("jobs")
 
 
 def test_every_command_of_the_server_has_options_of_its_own(ctl: Ctl) -> None:
