@@ -94,7 +94,11 @@ def _call(session: Session, command: str, arguments: tuple[str, ...]) -> None:
         name, equals, value = argument.partition("=")
         if not equals:
             raise click.UsageError(f"{argument!r} is not NAME=VALUE")
-        given[name] = _converted(about.get(name, {"name": name, "type": "string"}), value)
+        try:
+            given[name] = _converted(about.get(name, {"name": name, "type": "string"}), value)
+        except click.BadParameter as error:
+            error.param_hint = repr(name)
+            raise
     session.show(session.client.call(command, given))
 
 

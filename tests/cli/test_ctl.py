@@ -177,6 +177,7 @@ def test_call_takes_arguments_as_the_server_describes_them(ctl: Ctl) -> None:
     assert "Parameter 'name' is missing" in ctl.refusal("call", "block-dirty-bitmap-add", "node=disk")
     assert "not been found" in ctl.refusal("call", "frobnicate")
     assert ctl.run("call", "query-block", "nonsense").exit_code == 2
+    assert "'granularity'" in ctl.run("call", "block-dirty-bitmap-add", "granularity=x").stderr
 
 
 def test_what_the_server_refuses_is_said_in_one_line(ctl: Ctl) -> None:
