@@ -19,17 +19,24 @@ from nbdq.ops.written import WrittenLayer
 class Filling(ABC):
     """An :class:`~nbdq.ops.operation.Operation` on one layer, and those below it."""
 
-    def __init__(self, chain: LiveChain, index: int) -> None:
+    def __init__(self, chain: LiveChain, index: int, *, force: bool) -> None:
         """Look whether it can be done; nothing is changed.
 
         Raises:
-            OperationError: the disk is read-only, or the layer has nothing below it.
+            OperationError: the disk is read-only, or the layer has nothing below it; or without ``force``, it has
+                internal snapshots, which lie over what is below it, too, and take nothing over.
         """
         layers = chain.layers
         if chain.read_only:
             raise OperationError(f"{printable(chain.path, 1024)} is served read-only; its layers stay as they are")
-        if layers[index].header is None:
+        header = layers[index].header
+        if header is None:
             raise OperationError(f"{printable(layers[index].path, 1024)} is raw, and lies over nothing")
+        if header.snapshot_count and not force:
+            raise OperationError(
+                f"{printable(layers[index].path, 1024)} has internal snapshots, which would not read the same over"
+                " other layers; delete them, or force it"
+            )
         self._chain = chain
         self._storage = layers[index].storage
         self._written: WrittenLayer | None = None

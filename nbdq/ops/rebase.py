@@ -51,18 +51,19 @@ class Rebase(Filling):
     Without any new chain it is a :class:`~nbdq.ops.stream.Stream` without a base.
     """
 
-    def __init__(self, chain: LiveChain, *, index: int = 0, name: str, format: str) -> None:
+    def __init__(self, chain: LiveChain, *, index: int = 0, name: str, format: str, force: bool = False) -> None:
         """Look whether it can be done; nothing is opened or changed.
 
         Args:
             index: the layer that is to lie over another chain.
             name: the new backing file, as it will be recorded: relative to the layer.
             format: of the new backing file.
+            force: also if the layer has internal snapshots, which read otherwise afterwards.
 
         Raises:
             OperationError: the disk is read-only, or the new backing file is not allowed.
         """
-        super().__init__(chain, index)
+        super().__init__(chain, index, force=force)
         self._name = name
         self._format = format
         self._path = backing_path(chain.layers[index].path, name)

@@ -15,7 +15,13 @@ class Stream(Filling):
     """Into layer ``index``, the active one or one below it. What was compressed stays so, where that is possible."""
 
     def __init__(
-        self, chain: LiveChain, *, index: int = 0, base: int | None = None, backing_file: str | None = None
+        self,
+        chain: LiveChain,
+        *,
+        index: int = 0,
+        base: int | None = None,
+        backing_file: str | None = None,
+        force: bool = False,
     ) -> None:
         """Look whether it can be done; nothing is changed.
 
@@ -23,11 +29,12 @@ class Stream(Filling):
             index: the layer that takes over.
             base: the layer that it lies over afterwards; None: it will stand alone.
             backing_file: what is recorded as its backing file, instead of a name that leads to the base.
+            force: also if the layer has internal snapshots, which lose what they read from below.
 
         Raises:
             OperationError: it makes no sense, or the disk is read-only.
         """
-        super().__init__(chain, index)
+        super().__init__(chain, index, force=force)
         layers = chain.layers
         if base is not None and base <= index:
             names = f"{printable(layers[base].path, 1024)} does not lie below {printable(layers[index].path, 1024)}"

@@ -66,3 +66,22 @@ def test_a_disk_that_was_committed_is_refused_by_its_old_name_and_serves_by_its_
     check(disk)
     with administered(disk) as server:
         qemu_io(server, "read -P 9 0 1M", "read -P 1 1M 3M")
+
+
+@pytest.mark.parametrize("command", ["block-stream", "x-nbdq-rebase"])
+def test_what_internal_snapshots_read_from_below_is_not_taken_from_them(
+    disk: Path, tmp_path: Path, command: str
+) -> None:
+    top = tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", "qcow2", top)
+    run("qemu-img", "snapshot", "-c", "before", top)
+    rebase: dict[str, object] = {"backing_file": ""} if command == "x-nbdq-rebase" else {}
+    with administered(top) as server:
+        said = server.refusal(command, device="top", job_id="job", **rebase)
+        assert "internal snapshots" in said
+        server("blockdev-snapshot-delete-internal-sync", device="top", name="before")
+        server(command, device="top", job_id="job", **rebase)
+        server.wait_for_jobs()
+        qemu_io(server, "read -P 1 0 4M")
+    check(top)
+    assert len(chain(top)) == 1

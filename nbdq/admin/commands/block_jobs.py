@@ -109,16 +109,16 @@ async def commit(context: Context, arguments: CommitArguments) -> Reply:
     base = _layer(context, chain, "base", arguments.base, arguments.base_node, default=len(layers) - 1)
     if top == 0 and arguments.backing_file is not None:
         raise OperationError("'backing-file' specified, but 'top' is the active layer")
-    if not arguments.x_nbdq_force:
-        if context.policies.is_template(layers[base].path):
-            raise OperationError(f"{printable(layers[base].path, 1024)} is a template; it must not be committed into")
-        _refuse_shown(volume, top, base)
+    if context.policies.is_template(layers[base].path) and not arguments.x_nbdq_force:
+        raise OperationError(f"{printable(layers[base].path, 1024)} is a template; it must not be committed into")
 
     options: dict[str, Any] = {"directories": arguments.x_nbdq_directories, "force": arguments.x_nbdq_force}
     paths = {"top": layers[top].path, "base": layers[base].path}
 
     def make() -> Operation:  # the layers may have other places by now
         first, into = chain.index_of(paths["top"]), chain.index_of(paths["base"])
+        if not arguments.x_nbdq_force:
+            _refuse_shown(volume, first, into)
         if first == 0:
             return ActiveCommit(chain, base=into, **options)
         return Commit(
@@ -167,6 +167,8 @@ class StreamArguments(JobOptions):
     backing_file: str | None = None
     x_nbdq_layer: str | None = None
     """The layer that takes over, instead of the active one."""
+    x_nbdq_force: bool = False
+    """Also if internal snapshots of that layer lose what they read from below."""
 
 
 @command("block-stream", StreamArguments)
@@ -184,7 +186,6 @@ async def stream(context: Context, arguments: StreamArguments) -> Reply:
         base = _layer(context, chain, "bottom", arguments.bottom, None, default=0) + 1
     else:
         base = _layer(context, chain, "base", arguments.base, arguments.base_node, default=len(chain.layers))
-    _refuse_shown(volume, index + 1, base - 1, filled=index)
     paths = {"layer": chain.layers[index].path}
     if arguments.bottom is not None:
         paths["bottom"] = chain.layers[base - 1].path
@@ -192,8 +193,11 @@ async def stream(context: Context, arguments: StreamArguments) -> Reply:
         paths["base"] = chain.layers[base].path
 
     def make() -> Operation:  # the layers may have other places by now
+        index = chain.index_of(paths["layer"])
         below = chain.index_of(paths["base"]) if "base" in paths else None
-        return Stream(chain, index=chain.index_of(paths["layer"]), base=below, backing_file=arguments.backing_file)
+        _refuse_shown(volume, index + 1, (below or len(chain.layers)) - 1, filled=index)
+        name, force = arguments.backing_file, arguments.x_nbdq_force
+        return Stream(chain, index=index, base=below, backing_file=name, force=force)
 
     changed = chain.layers[index:base]
     request = arguments.request("block-stream", "stream", volume, persistent=True, paths=paths, layers=changed)
@@ -210,6 +214,8 @@ class RebaseArguments(JobOptions):
     backing_format: Literal["qcow2", "raw"] | None = None
     layer: str | None = None
     """The layer that is to lie over it, instead of the active one."""
+    force: bool = False
+    """Also if internal snapshots of that layer read otherwise afterwards."""
 
 
 @command("x-nbdq-rebase", RebaseArguments)
@@ -222,15 +228,16 @@ async def rebase(context: Context, arguments: RebaseArguments) -> Reply:
     index = _layer(context, chain, "layer", arguments.layer, None, default=0)
     if arguments.backing_file and arguments.backing_format is None:
         raise OperationError("backing format must be specified")
-    _refuse_shown(volume, index + 1, len(chain.layers) - 1, filled=index)
     layer = chain.layers[index].path
 
     def make() -> Operation:  # the layer may have another place by now
         index = chain.index_of(layer)
+        _refuse_shown(volume, index + 1, len(chain.layers) - 1, filled=index)
         if not arguments.backing_file:
-            return Stream(chain, index=index)
+            return Stream(chain, index=index, force=arguments.force)
         assert arguments.backing_format is not None
-        return Rebase(chain, index=index, name=arguments.backing_file, format=arguments.backing_format)
+        name, format = arguments.backing_file, arguments.backing_format
+        return Rebase(chain, index=index, name=name, format=format, force=arguments.force)
 
     request = arguments.request("x-nbdq-rebase", "x-nbdq-rebase", volume, persistent=False, paths={})
     await context.jobs.start(request, make)
