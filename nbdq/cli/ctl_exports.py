@@ -70,7 +70,7 @@ def export(
     session.call(
         "block-export-add",
         type="nbd",
-        id=name,
+        id=name or disk,  # as serve calls the export without a name
         node_name=disk,
         name=name,
         writable=writable,

@@ -294,8 +294,10 @@ def test_a_layer_can_be_exported_and_clients_be_held_back(ctl: Ctl) -> None:
     assert "paused" in ctl("exports")
     ctl("resume", "disk")
     assert "paused" not in ctl("exports")
-    ctl("export", "disk", "second", "--writable")
-    qemu_io(ctl.server, "write -P 3 0 64k", export="second")
+    ctl("unexport", "disk")
+    ctl("export", "disk", "", "--writable")
+    qemu_io(ctl.server, "write -P 3 0 64k")
+    assert ctl("exports").splitlines()[2].split()[:3] == ["disk", '""', "disk"]
 
 
 def test_images_are_amended_with_the_options_of_nbdq_amend(ctl: Ctl) -> None:
