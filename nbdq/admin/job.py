@@ -84,6 +84,8 @@ class JobRequest:
     on_error: OnError = "report"
     auto_finalize: bool = True
     auto_dismiss: bool = True
+    obsolete: str | None = None
+    """The path of an overlay that the operation removes when it is no part of the disk any more."""
     persistent: bool = False
     """Whether it is started again after a restart of the server."""
 
@@ -326,6 +328,8 @@ class Job:
         with self._state.transaction() as changes:
             changes.set_top(volume.name, top.path, top.format)
             changes.remove_job(volume.name, self.id)
+            if self.request.obsolete is not None:
+                changes.add_obsolete(volume.name, self.request.obsolete)
 
     async def _finish(self) -> None:
         if self._cancelled_softly:
@@ -376,6 +380,8 @@ class Job:
     def _forget(self) -> None:
         with self._state.transaction() as changes:
             changes.remove_job(self.request.volume.name, self.id)
+            if self.request.obsolete is not None:
+                changes.remove_obsolete(self.request.volume.name, self.request.obsolete)
 
     def _pause(self) -> None:
         self._unpaused.clear()

@@ -46,6 +46,25 @@ def remove_pending_overlays(state: State, name: str, used: Collection[str]) -> N
             changes.remove_pending(name, path)
 
 
+def remove_obsolete_overlays(state: State, name: str, used: Collection[str]) -> None:
+    """Remove overlays that were merged into the disk ``name``, as the server that ended was about to. Waits.
+
+    Raises:
+        OSError: the state file cannot be written.
+    """
+    for path in state.disk(name).obsolete:
+        try:
+            if path not in used:
+                os.unlink(path)
+                sync_directory_of(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            _log.warning("%s is in the disk, and not needed any more; it stays: %s", printable(path), error)
+        with state.transaction() as changes:
+            changes.remove_obsolete(name, path)
+
+
 def _is_empty(path: str) -> bool:
     """Whether the image holds nothing of its own, or is not even an image yet: its header is written last."""
     with closing(FileStorage.open(path)) as storage:

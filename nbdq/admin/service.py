@@ -16,7 +16,7 @@ from nbdq.admin.context import Context, Peer, Resumed, Volumes
 from nbdq.admin.jobs import Jobs
 from nbdq.admin.monitor import Access, Monitor
 from nbdq.admin.policies import Policies
-from nbdq.admin.recovery import remove_pending_overlays
+from nbdq.admin.recovery import remove_obsolete_overlays, remove_pending_overlays
 from nbdq.admin.registry import COMMANDS
 from nbdq.admin.state import JobRecord, State
 from nbdq.chain.policy import Policy
@@ -98,6 +98,7 @@ class Administration:
         used = {os.path.realpath(layer.path) for volume in self._volumes for layer in volume.chain.layers}
         for volume in self._volumes:
             await in_thread(remove_pending_overlays, self._state, volume.name, used)
+            await in_thread(remove_obsolete_overlays, self._state, volume.name, used)
             for job in self._state.disk(volume.name).jobs:
                 await self._start_again(volume, job)
 

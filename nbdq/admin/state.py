@@ -61,6 +61,8 @@ class DiskRecord:
     """Where tops of the disk have been: layers of the chain may lie there."""
     pending: list[str] = field(default_factory=list)
     """Overlays that were made but do not belong to the disk yet; removed at the next start if nothing uses them."""
+    obsolete: list[str] = field(default_factory=list)
+    """Overlays of ours whose contents are in the disk, and which are no part of it; about to be removed."""
     jobs: list[JobRecord] = field(default_factory=list)
 
 
@@ -105,6 +107,15 @@ class Changes:
         """The overlay at ``path`` has been removed again, or belongs to somebody else."""
         path = _place(path)
         self._update(name, pending=[other for other in self._disk(name).pending if other != path])
+
+    def add_obsolete(self, name: str, path: str) -> None:
+        """The overlay at ``path`` has been merged into the disk, and is about to be removed."""
+        self._update(name, obsolete=[*self._disk(name).obsolete, _place(path)])
+
+    def remove_obsolete(self, name: str, path: str) -> None:
+        """The overlay at ``path`` is gone."""
+        path = _place(path)
+        self._update(name, obsolete=[other for other in self._disk(name).obsolete if other != path])
 
     def put_job(self, name: str, job: JobRecord) -> None:
         """Remember ``job``, in the place of the one with its id."""

@@ -114,6 +114,7 @@ async def end(context: Context, arguments: EndCheckpoint) -> Reply:
             volume=member.volume,
             command="x-nbdq-checkpoint-end",
             arguments=asdict(arguments),
+            obsolete=member.overlay,
             speed=arguments.speed,
         )
         job = await context.jobs.start(request, partial(_merge_back, checkpoint, member, succeeded=arguments.success))

@@ -43,8 +43,6 @@ class Scenario:
     """A chain that belongs to no disk."""
     together: bool = False
     """All disks get other tops, or none."""
-    strays: frozenset[str] = frozenset()
-    """Files that a crash may leave behind, and of which the server knows nothing."""
     largest: int = 0
     """Bytes of the largest size that a disk ever has, if that is not the size of its top."""
 

@@ -348,7 +348,6 @@ SCENARIOS: tuple[Scenario, ...] = (
         "a checkpoint and its end",
         {"disk": (_BASE, Layer(bitmap=True))},
         _checkpoint_and_end,
-        strays=frozenset({"disk1.checkpoint-one"}),
     ),
 )
 

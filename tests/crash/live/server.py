@@ -12,7 +12,7 @@ from nbdq.admin.arguments import parse
 from nbdq.admin.job import Job, JobRequest
 from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
-from nbdq.admin.recovery import remove_pending_overlays
+from nbdq.admin.recovery import remove_obsolete_overlays, remove_pending_overlays
 from nbdq.admin.registry import COMMANDS, Reply
 from nbdq.admin.service import Administration
 from nbdq.admin.state import State
@@ -86,6 +86,7 @@ class Server:
         """Remove what was made and never used, as :meth:`start` does."""
         for name in self.volumes:
             remove_pending_overlays(self.state, name, self.used())
+            remove_obsolete_overlays(self.state, name, self.used())
 
     def used(self) -> set[str]:
         """Paths of all layers."""

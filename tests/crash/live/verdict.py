@@ -104,7 +104,6 @@ class Bench:
             return None  # then nobody knows
         known = {
             *self._prepared.names,
-            *self._scenario.strays,
             STATE,
             f"{STATE}.new",
             *(Path(path).name for path in server.used()),
