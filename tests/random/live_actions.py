@@ -267,6 +267,8 @@ def _stream(twins: Twins, random: Random) -> None:
     base = None if random.random() < 0.4 else random.randrange(layer)
     if base is not None and twins.has_hidden_data(base, layer - 1):
         return
+    if "snapshots" in twins.facts(layer):  # nbdq refuses to let them read otherwise
+        return
     twins.say(f"    to {twins.layers[layer]} from above {twins.layers[base] if base is not None else None}")
     during = _meanwhile(twins, random)
     twins.both(lambda side: side.stream(layer, base, during))

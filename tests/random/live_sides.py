@@ -128,8 +128,7 @@ class Nbdq(Side):
 
     def stream(self, layer: int, base: int | None, during: Callable[[Side], None]) -> None:
         which = {"x_nbdq_layer": str(self.layers[layer])} | ({} if base is None else {"base": str(self.layers[base])})
-        # By force, because QEMU does not mind that internal snapshots read otherwise afterwards.
-        self("block-stream", device="disk", job_id="job", auto_dismiss=False, x_nbdq_force=True, **which)
+        self("block-stream", device="disk", job_id="job", auto_dismiss=False, **which)
         during(self)
         finish(self)
         self._drop(0 if base is None else base + 1, layer)
