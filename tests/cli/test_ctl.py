@@ -12,6 +12,7 @@ import pytest
 from click.testing import Result
 
 from nbdq.admin.client import AdminError
+from nbdq.cli.ctl import VERBS
 from nbdq.cli.ctl_follow import follow
 from tests.support.administration import Administered, administered, qemu_io
 from tests.support.cli import run_nbdq
@@ -282,6 +283,18 @@ def test_internal_snapshots_are_kept_applied_exported_and_deleted(ctl: Ctl) -> N
     qemu_io(ctl.server, "read -P 1 0 64k")
     ctl("internal", "delete", "disk", "before")
     assert ctl("internal", "list", "disk") == ""
+
+
+def test_internal_snapshots_that_would_read_otherwise_are_a_reason_to_refuse_unless_forced(ctl: Ctl) -> None:
+    ctl("internal", "create", "disk", "before")
+    for words in (("stream", "disk"), ("rebase", "disk", "")):
+        assert "internal snapshot" in ctl.run(*words).stderr
+    assert "done" in ctl("stream", "disk", "--force")
+
+
+def test_the_readme_names_every_verb() -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    assert [verb for verb in [*VERBS, "call"] if f"`{verb}" not in readme] == []
 
 
 def test_a_layer_can_be_exported_and_clients_be_held_back(ctl: Ctl) -> None:
