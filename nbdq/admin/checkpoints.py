@@ -97,12 +97,21 @@ class Checkpoints:
         for checkpoint in self:
             if checkpoint.id == id:
                 raise OperationError(f"Checkpoint '{printable(id)}' exists already; end it, or choose another name")
-            for member in checkpoint.left:
-                if member.volume in volumes:
-                    raise OperationError(
-                        f"disk '{printable(member.volume.name)}' is part of checkpoint '{printable(checkpoint.id)}';"
-                        " end that first"
-                    )
+        for volume in volumes:
+            self.check_free(volume)
+
+    def check_free(self, volume: Volume) -> None:
+        """Refuse what would put something between a disk and its checkpoint.
+
+        Raises:
+            OperationError: the disk is part of one.
+        """
+        for checkpoint in self:
+            if any(member.volume is volume for member in checkpoint.left):
+                name = printable(volume.name)
+                raise OperationError(
+                    f"disk '{name}' is part of checkpoint '{printable(checkpoint.id)}'; end that first"
+                )
 
 
 class _DrainedOnly:

@@ -138,6 +138,7 @@ class Job:
         """Begin, in the background."""
         if isinstance(self._operation, MirroringOperation):
             self._operation.on_ready = self._on_ready
+        _log.info("job %s (%s) of disk %s begins", printable(self.id), self.request.type, self.request.volume.name)
         self._task = self._loop.create_task(self._live(), name=f"job {self.id}")
 
     # What clients may order; each raises OperationError if the job's state forbids it.
@@ -372,6 +373,11 @@ class Job:
             self._emit("BLOCK_JOB_COMPLETED", self._progress() | ({} if self.error is None else {"error": self.error}))
         if self.error is not None:
             _log.warning("job %s failed: %s", printable(self.id), self.error)
+        else:
+            how = (
+                "goes on after the next start" if self._stopping else "was cancelled" if self._cancelled else "is done"
+            )
+            _log.info("job %s %s", printable(self.id), how)
         self._on_concluded(self)
         self._become(Status.CONCLUDED)
         if self.request.auto_dismiss:

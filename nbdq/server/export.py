@@ -214,7 +214,7 @@ class Exports:
             ExportError: name or id is taken.
         """
         if export.info.name in self.by_name:
-            text = f"two exports are named {printable(export.info.name)!r}; give each its own with --export-name"
+            text = f"two exports are named {printable(export.info.name)!r}; give each a name of its own"
             raise ExportError(text)
         if export.id in self.by_id:
             raise ExportError(f"Block export id '{printable(export.id)}' is already in use")

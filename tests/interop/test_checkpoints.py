@@ -41,7 +41,10 @@ def test_a_checkpoint_shows_its_moment_while_the_guest_goes_on(disk: Path, tmp_p
         qemu_io(server, "read -P 2 1M 64k", "read -P 0 32M 128k", export=export)
         run("nbdcopy", server.uri(export), tmp_path / "full.raw")
         qemu_io(server, "read -P 3 1M 64k", "read -P 3 32M 128k")
-        assert "still in use" not in str(server("x-nbdq-query-checkpoints"))
+        overlay = str(tmp_path / "overlay.qcow2")
+        assert "part of checkpoint 'monday'" in server.refusal(
+            "blockdev-snapshot-sync", device="disk", snapshot_file=overlay
+        )
         server("x-nbdq-checkpoint-end", id="monday")
         server.wait_for_jobs()
         assert server("x-nbdq-query-checkpoints") == []

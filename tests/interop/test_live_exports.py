@@ -325,7 +325,8 @@ def test_an_internal_snapshot_is_not_shown_while_a_job_changes_what_it_lies_over
     run("qemu-img", "snapshot", "-c", "monday", disk)
     show = {"type": "nbd", "id": "s", "node_name": "disk", "name": "s", "x_nbdq_snapshot": "monday"}
     with administered(disk) as server:
-        for job in ({"command": "block-commit"}, {"command": "block-stream", "auto_finalize": False}):
+        stream = {"command": "block-stream", "auto_finalize": False, "x_nbdq_force": True}
+        for job in ({"command": "block-commit"}, stream):
             server(**job, device="disk", job_id="job")
             assert "in use by job 'job'" in server.refusal("block-export-add", **show)
             server("job-cancel", id="job")
@@ -337,7 +338,7 @@ def test_an_internal_snapshot_is_not_shown_while_a_job_changes_what_it_lies_over
             ("block-stream", {}),
             ("x-nbdq-rebase", {"backing_file": ""}),
         ):
-            assert "is shown by an export" in server.refusal(command, device="disk", **more)
+            assert "is shown by export" in server.refusal(command, device="disk", **more)
         assert "verification failed" not in qemu_io(server, "read -P 1 0 1M", export="s")
 
 

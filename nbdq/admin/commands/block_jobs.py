@@ -299,7 +299,9 @@ def _refuse_shown(volume: Volume, first: int, last: int, *, filled: int | None =
         except NotFound:
             continue
         if first <= index <= last or (index == filled and view.snapshot is not None):
-            raise OperationError(f"{printable(view.layer, 1024)} is shown by an export; delete that first")
+            raise OperationError(
+                f"{printable(view.layer, 1024)} is shown by export '{printable(export.id)}'; delete that first"
+            )
 
 
 def _recorder(context: Context, name: str, job_id: str) -> Callable[[int], None]:

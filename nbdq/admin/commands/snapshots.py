@@ -137,7 +137,9 @@ def snapshot_action(context: Context, arguments: Snapshot) -> Action:
         node_name=arguments.snapshot_node_name,
         minimum_free=arguments.x_nbdq_minimum_free,
     )
-    return SnapshotAction(context, chosen_volume(context, arguments.device, arguments.node_name), plan)
+    volume = chosen_volume(context, arguments.device, arguments.node_name)
+    context.checkpoints.check_free(volume)
+    return SnapshotAction(context, volume, plan)
 
 
 @command("blockdev-snapshot-sync", Snapshot)
