@@ -14,24 +14,19 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
+from nbdq.admin.job_request import JobRequest
 from nbdq.admin.state import State
 from nbdq.errors import ImageError, NbdqError, OperationError, in_words, printable
 from nbdq.ops.control import Cancelled, Control
 from nbdq.ops.operation import MarkingOperation, MirroringOperation, Operation
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 from nbdq.storage import FULL_ERRORS
 
 _log = logging.getLogger(__name__)
-
-OnError = Literal["report", "stop", "enospc"]
-"""What becomes of a job whose operation meets an I/O error: it fails, or pauses (on a full medium only) to go on after
-``job-resume``."""
 
 
 class Status(StrEnum):
@@ -61,33 +56,6 @@ _VERBS: dict[str, set[Status]] = {
     "finalize": {Status.PENDING},
     "dismiss": {Status.CONCLUDED},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobRequest:
-    """What somebody wants to have done."""
-
-    id: str
-    type: str
-    """QEMU's JobType."""
-    volume: Volume
-    command: str
-    """The command that asks for it; together with ``arguments`` it says whether two requests are the same."""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """The fields of the command's argument class."""
-    paths: dict[str, str] = field(default_factory=dict)
-    """What layers the arguments meant when it began; to be recorded, for names may mean others later."""
-    layers: frozenset[str] | None = None
-    """Paths of the layers that nobody else may restructure meanwhile; None for all of the disk."""
-    speed: int = 0
-    """Bytes per second; 0 for no limit."""
-    on_error: OnError = "report"
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
-    obsolete: str | None = None
-    """The path of an overlay that the operation removes when it is no part of the disk any more."""
-    persistent: bool = False
-    """Whether it is started again after a restart of the server."""
 
 
 class Job:

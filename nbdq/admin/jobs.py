@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from nbdq.admin.job import Job, JobRequest
+from nbdq.admin.job import Job
+from nbdq.admin.job_request import JobRequest
 from nbdq.admin.state import JobRecord, State
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.operation import Operation

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from nbdq.admin.client import Client
 from nbdq.admin.context import Context
-from nbdq.admin.job import JobRequest
+from nbdq.admin.job_request import JobRequest
 from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
 from nbdq.admin.registry import COMMANDS, Command, Reply

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from nbdq.admin.context import Context
-from nbdq.admin.job import JobRequest, OnError
+from nbdq.admin.job_request import JobRequest, OnError
 from nbdq.admin.registry import Reply, command
 from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import ResolvedLayer

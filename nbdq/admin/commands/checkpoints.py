@@ -11,7 +11,7 @@ from typing import Literal
 from nbdq.admin.checkpoints import Checkpoint, Member, PublishMoment, RotateBitmaps, overlay_path
 from nbdq.admin.commands.snapshots import SnapshotAction
 from nbdq.admin.context import Context
-from nbdq.admin.job import JobRequest
+from nbdq.admin.job_request import JobRequest
 from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.admin.transaction import Action, carry_out
 from nbdq.errors import OperationError

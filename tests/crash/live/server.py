@@ -9,7 +9,8 @@ from typing import Any
 from unittest.mock import patch
 
 from nbdq.admin.arguments import parse
-from nbdq.admin.job import Job, JobRequest
+from nbdq.admin.job import Job
+from nbdq.admin.job_request import JobRequest
 from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
 from nbdq.admin.recovery import remove_obsolete_overlays, remove_pending_overlays
