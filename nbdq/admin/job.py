@@ -264,6 +264,8 @@ class Job:
     async def _pivot(self) -> None:
         """Change the disk, and record durably what it is now, before any request goes on (R-59, R-60)."""
         volume = self.request.volume
+        await volume.flush()  # so that there is little to be saved while requests wait
+        begun = monotonic()
         async with volume.drained():
             try:
                 await in_thread(self._operation.pivot)
@@ -278,6 +280,7 @@ class Job:
                     await self._try_to_mark()
             finally:
                 volume.adopt()
+        _log.info("job %s: requests paused for %.1f ms", printable(self.id), (monotonic() - begun) * 1000)
 
     async def _mark(self) -> None:
         """Protect a file that was the disk from being taken for it."""

@@ -91,7 +91,7 @@ async def carry_out(context: Context, actions: Sequence[Action]) -> None:
             begun = monotonic()
             async with all_drained(volumes.values()):
                 await _apply(actions, context.state)
-            _log.info("%s: paused for %.1f ms", actions[0].what, (monotonic() - begun) * 1000)
+            _log.info("%s: requests paused for %.1f ms", actions[0].what, (monotonic() - begun) * 1000)
         except BaseException:
             for action in reversed(prepared):
                 await _quietly(action.abandon)

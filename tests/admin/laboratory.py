@@ -47,6 +47,9 @@ class PaperVolume:
         finally:
             self.is_drained = False
 
+    async def flush(self) -> None:
+        assert not self.is_drained
+
     def adopt(self) -> None:
         assert self.is_drained
 
