@@ -21,6 +21,7 @@ from nbdq.qcow2.format import Header
 from nbdq.qcow2.header_area import write_fields
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
+from nbdq.server.volume import Volume
 from nbdq.storage import FileStorage
 
 
@@ -55,6 +56,17 @@ def _deaf(
             yield
 
     return installed
+
+
+@contextmanager
+def _not_flushed() -> Iterator[None]:
+    """Nor does the job flush the disk on its way to the pivot, which is only to make that short."""
+
+    async def flush(volume: Volume) -> None:
+        pass
+
+    with _deaf(*_FLUSH, ("nbdq.ops.fill", ["run", "pivot"]))(), patch.object(Volume, "flush", flush):
+        yield
 
 
 def _no_directory_sync(module: Any) -> Callable[[], AbstractContextManager[Any]]:
@@ -230,12 +242,12 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "stream not flushed": Mutant(
         "what a layer took over is durable before it lies over something else",
-        _deaf(*_FLUSH, ("nbdq.ops.fill", ["run", "pivot"])),
+        _not_flushed,
         "a stream to a base",
     ),
     "rebase not flushed": Mutant(
         "what a layer took over is durable before it lies over something else",
-        _deaf(*_FLUSH, ("nbdq.ops.fill", ["run", "pivot"])),
+        _not_flushed,
         "a rebase",
     ),
     "L1 not synced": Mutant(
