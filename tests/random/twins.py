@@ -109,9 +109,10 @@ def make_twins(variant: Variant, directory: Path) -> Twins:
 
 def raw_contents(image: Image, *options: str) -> bytes:
     """What QEMU's reader shows of an image."""
-    copy = image.directory.parent / "copy.raw"
-    run("qemu-img", "convert", "-f", image.format, *options, "-O", "raw", image.top, copy, cwd=image.directory)
-    return copy.read_bytes()
+    with scratch() as directory:
+        copy = directory / "copy.raw"
+        run("qemu-img", "convert", "-f", image.format, *options, "-O", "raw", image.top, copy, cwd=image.directory)
+        return copy.read_bytes()
 
 
 def play_twins(twins: Twins, rounds: Rounds, player: Player = play_in_process) -> None:
