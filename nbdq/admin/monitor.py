@@ -88,7 +88,7 @@ class Monitor:
         self._listener.close()
         await asyncio.gather(*(client.stop() for client in list(self._clients)))
 
-    def _accept(self, sock: socket.socket, name: str) -> bool:
+    def _accept(self, sock: socket.socket, address: object) -> bool:
         try:
             peer, groups = _credentials(sock)
         except OSError:  # it has gone already

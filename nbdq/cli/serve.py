@@ -213,8 +213,8 @@ async def _serve(
             server.start()
             with _process_id_in(pid_file):
                 for listener in listeners:
-                    for info in exports.list():
-                        print(listener.uri(info.name), flush=True)
+                    for name in exports.by_name:
+                        print(listener.uri(name), flush=True)
                 await stop.wait()
         finally:
             await administrators.stop()

@@ -26,6 +26,8 @@ OPTION_REPLY_MAGIC: Final = 0x0003E889045565A9
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 CHUNK_MAGIC: Final = 0x668E33EF
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+EXTENDED_CHUNK_MAGIC: Final = 0x6E8A278C
 
 # Metadata contexts with a meaning fixed outside nbdq (P47, P48).
 BASE_ALLOCATION: Final = "base:allocation"
@@ -75,9 +77,13 @@ class OptionReply(IntEnum):
     ERR_UNSUP = 0x80000001
     ERR_POLICY = 0x80000002
     ERR_INVALID = 0x80000003
+    ERR_PLATFORM = 0x80000004
+    ERR_TLS_REQD = 0x80000005
     ERR_UNKNOWN = 0x80000006
     ERR_SHUTDOWN = 0x80000007
+    ERR_BLOCK_SIZE_REQD = 0x80000008
     ERR_TOO_BIG = 0x80000009
+    ERR_EXT_HEADER_REQD = 0x8000000A
 
 
 class InfoType(IntEnum):
@@ -103,6 +109,7 @@ class TransmissionFlag(IntFlag):
     CAN_MULTI_CONN = 1 << 8
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Command(IntEnum):
@@ -142,6 +149,7 @@ class ChunkType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = 0x8001
     ERROR_OFFSET = 0x8002
 

@@ -114,7 +114,11 @@ class ExportDirectory(Protocol):
         ...
 
     def find(self, name: str) -> ExportInfo | None:
-        """The export of exactly that name; the empty name asks for the default export (P31)."""
+        """The export of exactly that name; the empty name asks for the default export (P31).
+
+        Raises:
+            OptionRefused: there is one, but not for this client, or not now (P37).
+        """
         ...
 
 

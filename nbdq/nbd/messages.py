@@ -36,7 +36,8 @@ MAXIMUM_ERROR_TEXT = 1000
 
 
 class OptionRefused(Exception):
-    """An option to be answered with the error ``reply`` and ``text``; the handshake goes on. Never leaves ``nbd``."""
+    """An option to be answered with the error ``reply`` and ``text``; the handshake goes on, unless the protocol has no
+    such answer. A directory of exports raises it, too; it never comes out of the handshake."""
 
     def __init__(self, reply: OptionReply, text: str) -> None:
         super().__init__(text)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from nbdq.errors import ProtocolError
 from nbdq.nbd.handshake import Handshake
 from nbdq.nbd.transmission import Transmission
+from nbdq.server.access import Entrance
 from nbdq.server.export import Export, Exports
 from nbdq.server.output import Output
+from nbdq.server.peer import Peer
 from nbdq.server.resources import Resources
 from nbdq.server.session import Session
 
@@ -29,7 +31,7 @@ class Connection:
     def __init__(
         self,
         sock: socket.socket,
-        peer: str,
+        peer: Peer,
         exports: Exports,
         resources: Resources,
         *,
@@ -43,7 +45,8 @@ class Connection:
         self._resources = resources
         self._on_negotiated = on_negotiated
         self._on_close = on_close
-        self._handshake = Handshake(exports)
+        self._entrance = Entrance(exports, peer)
+        self._handshake = Handshake(self._entrance)
         self._output = Output(sock)
         self._session: Session | None = None
         self._export: Export | None = None
@@ -128,7 +131,7 @@ class Connection:
         self._deadline.cancel()
         self._on_negotiated(self)
         self._resources.loop.remove_reader(self._socket.fileno())
-        export = self._exports.chosen(negotiated)
+        export = self._entrance.chosen(negotiated)
         if export is None:
             self._close("the export is gone, full or another one since the client asked for it")
             return

@@ -1,14 +1,14 @@
 """Exports: named disks, as clients see them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, TransmissionFlag
-from nbdq.nbd.handshake import ExportInfo, Negotiated
+from nbdq.nbd.handshake import ExportInfo
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
 from nbdq.server.gate import Gate
@@ -190,7 +190,7 @@ def _contexts(bitmaps: Iterable[str], *, allocation_depth: bool) -> tuple[str, .
 
 
 class Exports:
-    """The exports of a server: the directory that a handshake looks things up in. Loop thread only."""
+    """The exports of a server. Loop thread only."""
 
     def __init__(self, exports: Iterable[Export] = ()) -> None:
         """Names and ids must differ.
@@ -238,19 +238,3 @@ class Exports:
         export.clients.discard(client)
         if self.by_name.get(export.info.name) is not export:
             self.delete(export)
-
-    def list(self) -> Sequence[ExportInfo]:
-        """Everything on offer, in the operator's order."""
-        return [export.info for export in self.by_name.values()]
-
-    def find(self, name: str) -> ExportInfo | None:
-        """The export of exactly that name (P31), unless it is full."""
-        export = self.by_name.get(name)
-        return None if export is None or export.is_full else export.info
-
-    def chosen(self, negotiated: Negotiated) -> Export | None:
-        """The export that a handshake has led to; None if it is not any more what the client was told."""
-        export = self.by_name.get(negotiated.export.name)
-        if export is None or export.info != negotiated.export or export.is_full:
-            return None
-        return export

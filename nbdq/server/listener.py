@@ -41,8 +41,9 @@ class Listener:
         host, port = self.socket.getsockname()[:2]
         return tcp_uri(export_name, host, port)
 
-    def start(self, loop: asyncio.AbstractEventLoop, accept: Callable[[socket.socket, str], bool]) -> None:
-        """Accept clients; ``accept`` takes ownership of each socket, and answers whether it wants more for now."""
+    def start(self, loop: asyncio.AbstractEventLoop, accept: Callable[[socket.socket, object], bool]) -> None:
+        """Accept clients; ``accept`` takes ownership of each socket, whose address it is told, and answers whether it
+        wants more for now."""
         self._loop = loop
         self._accept = accept
         self._watch()
@@ -77,8 +78,7 @@ class Listener:
                 self._retry = self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._try_again)
                 return
             _prepare(sock)
-            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else f"unix:{sock.fileno()}"
-            if not self._accept(sock, peer):
+            if not self._accept(sock, address):
                 return
 
     def close(self) -> None:

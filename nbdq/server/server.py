@@ -4,6 +4,7 @@ Keeps a registry of every connection, half-negotiated ones included, so that a s
 """
 
 import asyncio
+import itertools
 import logging
 import socket
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from nbdq.server.export import Exports
 from nbdq.server.lag import LagWatch
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener
+from nbdq.server.peer import Peer
 from nbdq.server.resources import Resources
 
 _log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ class Server:
         self._limits = limits
         self._connections: set[Connection] = set()
         self._negotiating: set[Connection] = set()
+        self._numbers = itertools.count(1)
         self._accepting = True
         self._idle = asyncio.Event()
         self._idle.set()
@@ -41,7 +44,12 @@ class Server:
         for listener in self._listeners:
             listener.start(self._resources.loop, self._accept)
 
-    def _accept(self, sock: socket.socket, peer: str) -> bool:
+    def _accept(self, sock: socket.socket, address: object) -> bool:
+        try:
+            peer = Peer.of(sock, address, next(self._numbers))
+        except OSError:
+            sock.close()
+            return True
         _log.debug("%s: connected", peer)
         connection = Connection(
             sock, peer, self._exports, self._resources, on_negotiated=self._forget_negotiation, on_close=self._forget
