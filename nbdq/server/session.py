@@ -31,6 +31,7 @@ from nbdq.server.pending import Pending
 from nbdq.server.perform import COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
 from nbdq.server.threads import in_thread
+from nbdq.server.watch import Watch
 
 _log = logging.getLogger(__name__)
 
@@ -72,17 +73,22 @@ class Session:
             on_replies=partial(self._guard, self._finish),
             on_memory=self._serve_again,
         )
+        self._watch = Watch(
+            resources.loop,
+            sock,
+            on_readable=partial(self._guard, self._on_readable),
+            on_room=partial(self._guard, self._on_writable),
+            on_stall=partial(self._end, "client does not read its replies"),
+            stall_seconds=resources.limits.reply_stall_seconds,
+        )
         self._memory = PayloadMemory(
-            transmission, self._pending, resources, is_reading=lambda: self._reading, end=self._end
+            transmission, self._pending, resources, is_reading=lambda: self._watch.is_reading, end=self._end
         )
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
         self._backlog: deque[RawRequest] = deque()
-        self._reading = False
-        self._sending = False  # the socket is watched for room
         self._stopping = ""  # the reason, once no further request will be read
         self._ended = False
-        self._stall: asyncio.TimerHandle | None = None
         self._due = False  # the loop will call _take_turn
         self._held = False  # nothing is begun
         self._frozen = False  # the output is being copied, and must not change
@@ -112,9 +118,7 @@ class Session:
         if self._ended:
             return
         self._ended = True
-        self._pause_reading()
-        self._watch_room(wanted=False)
-        self._watch_stall(waiting=False)
+        self._watch.stop()
         self._memory.abandon()
         self._backlog.clear()
         self._output.clear()
@@ -170,7 +174,7 @@ class Session:
         if not length:
             return
         self._frozen = True
-        self._watch_room(wanted=False)
+        self._watch.ignore_room()
         try:
             self._output.replace(await in_thread(self._output.copy))
         except OSError as error:
@@ -183,14 +187,8 @@ class Session:
     # The loop's side of the socket.
 
     def _resume_reading(self) -> None:
-        if not self._reading and not self._stopping and not self._held:
-            self._reading = True
-            self._resources.loop.add_reader(self._socket.fileno(), self._guard, self._on_readable)
-
-    def _pause_reading(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._resources.loop.remove_reader(self._socket.fileno())
+        if not self._stopping and not self._held:
+            self._watch.read()
 
     def _on_readable(self) -> None:
         # libuv reports a reset once, perhaps together with the last bytes, and then watches no more. A reply would run
@@ -216,7 +214,7 @@ class Session:
         self._serve()
 
     def _read_on(self) -> None:
-        if self._reading:
+        if self._watch.is_reading:
             self._on_readable()
 
     def _parse(self, count: int) -> None:
@@ -247,29 +245,9 @@ class Session:
                 self._resources.return_arena(self._arena)
                 self._arena = None
             self._pending.output_is_empty()
-            if self._sending:
-                self._watch_room(wanted=False)
-                self._watch_stall(waiting=False)
+            self._watch.all_sent()
         else:
-            self._watch_room(wanted=True)
-            self._watch_stall(waiting=True)
-
-    def _watch_room(self, *, wanted: bool) -> None:
-        """Watch the socket for room, or no longer."""
-        if wanted and not self._sending:
-            self._resources.loop.add_writer(self._socket.fileno(), self._guard, self._on_writable)
-        elif self._sending and not wanted:
-            self._resources.loop.remove_writer(self._socket.fileno())
-        self._sending = wanted
-
-    def _watch_stall(self, *, waiting: bool) -> None:
-        """(Re)start the deadline within which a client must take something of what waits for it, or lift it."""
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
-        seconds = self._resources.limits.reply_stall_seconds
-        if waiting and seconds:
-            self._stall = self._resources.loop.call_later(seconds, self._end, "client does not read its replies")
+            self._watch.wait_for_room()
 
     # Serving.
 
@@ -290,7 +268,7 @@ class Session:
             if not self._held and self._memory.provide():
                 self._resume_reading()
                 return
-        self._pause_reading()
+        self._watch.pause()
         self._transmission.settle()
 
     def _serve_batch(self) -> bool:
@@ -302,10 +280,8 @@ class Session:
         device, writing = self.export.device, self.export.writing
         read_cached, gather_cached = device.read_cached, device.gather_cached
         negotiated = self._transmission.negotiated.export
-        size, maximum_length = (
-            negotiated.size,
-            negotiated.maximum_block,
-        )  # a disk that grows is larger before it is ready
+        maximum_length = negotiated.maximum_block
+        size = negotiated.size  # a disk that grows is larger before it is ready
         performer, pending, payloads = self._performer, self._pending, self._transmission.payloads
         pack_header, header_size = performer.pack_header, performer.header_size
         pack_success, success_size = performer.pack_success, performer.success_size
@@ -432,7 +408,7 @@ class Session:
         """Read no more; the session ends when everything accepted so far is answered."""
         if not self._stopping:
             self._stopping = reason
-            self._pause_reading()
+            self._watch.pause()
 
     def _end(self, reason: str) -> None:
         """Tell the owner, once, who then closes the socket."""
