@@ -126,7 +126,7 @@ FILE_IO = {
 MAY_DO_FILE_IO = {
     "nbdq.storage",
     "nbdq.chain.policy",  # walks to a file without following links, and hands its descriptor to FileStorage
-    "nbdq.cli.serve",  # the pid file
+    "nbdq.cli.running",  # the pid file
 }
 
 LONGEST_MODULE = 450

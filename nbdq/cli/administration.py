@@ -5,7 +5,8 @@ import os
 import pwd
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import click
 
@@ -44,8 +45,26 @@ class _Group(click.ParamType[int]):
             self.fail(f"there is no group {value!r}", param, ctx)
 
 
+@dataclass(frozen=True)
+class AdminSettings:
+    """Who may administer, and what outlives the server."""
+
+    socket: str | None = None
+    """Path of a unix socket; nobody may without."""
+    mode: Annotated[int, Mode()] = 0o600
+    """File mode of the socket."""
+    users: Annotated[tuple[int, ...], _User()] = ()
+    """Who may, besides root and the user of the server."""
+    group: Annotated[int, _Group()] | None = None
+    """Of the socket; its members may if ``mode`` lets them in."""
+    state: str | None = None
+    """File that keeps which images are the tops of disks, and which jobs go on."""
+    volume_policy: str | None = None
+    """TOML file: what overlays look like in which directory, and which images are templates."""
+
+
 def administration_options(function: _Function) -> _Function:
-    """The options that :func:`open_administration` takes."""
+    """The options that :func:`admin_settings` takes."""
     for option in reversed(
         (
             click.option(
@@ -86,7 +105,7 @@ def administration_options(function: _Function) -> _Function:
     return function
 
 
-def open_administration(
+def admin_settings(
     *,
     admin: str | None,
     admin_mode: int,
@@ -94,22 +113,27 @@ def open_administration(
     admin_group: int | None,
     state: str | None,
     volume_policy: str | None,
-) -> Administration:
+) -> AdminSettings:
+    """What the options say."""
+    return AdminSettings(admin, admin_mode, admin_users, admin_group, state, volume_policy)
+
+
+def open_administration(settings: AdminSettings) -> Administration:
     """Listen for administrators, if there are to be any, and read what the last server left behind.
 
     Raises:
         ExportError: the socket cannot be made.
         StateError, PolicyError, OSError: a file cannot be used.
     """
-    policies = Policies() if volume_policy is None else Policies.load(volume_policy)
-    access = Access(users=admin_users, groups=() if admin_group is None else (admin_group,))
+    policies = Policies() if settings.volume_policy is None else Policies.load(settings.volume_policy)
+    access = Access(users=settings.users, groups=() if settings.group is None else (settings.group,))
     with ExitStack() as undo:
-        held = None if state is None else undo.enter_context(closing(hold(state)))
-        records = State(state)
+        held = None if settings.state is None else undo.enter_context(closing(hold(settings.state)))
+        records = State(settings.state)
         listener = None
-        if admin is not None:
-            listener = undo.enter_context(closing(listen_unix(admin, mode=admin_mode)))
-            _give_to_group(admin, admin_group)
+        if settings.socket is not None:
+            listener = undo.enter_context(closing(listen_unix(settings.socket, mode=settings.mode)))
+            _give_to_group(settings.socket, settings.group)
         undo.pop_all()  # they are the administration's now
         return Administration(records, policies, listener, access, held=held)
 

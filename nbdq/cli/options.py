@@ -57,10 +57,6 @@ class Backing(click.ParamType[tuple[str, str] | None]):
         return format, path
 
 
-#: What :func:`chain_options` adds to a command.
-CHAIN_OPTIONS = ("format", "backing", "allow_backing", "allow_data_file", "force_share")
-
-
 def chain_options(function: _Function) -> _Function:
     """The options that say how a chain may be opened, gathered by :func:`chain_arguments`."""
     for option in reversed(

@@ -1,34 +1,20 @@
-"""``nbdq serve``: images to exports, until a signal says stop."""
+"""``nbdq serve``: the options, and what settings they make."""
 
-import asyncio
-import logging
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import click
-import uvloop
 
-from nbdq.admin.service import Administration
-from nbdq.chain.clusters import ClusterCache
-from nbdq.cli.administration import administration_options, open_administration
-from nbdq.cli.logs import configure_logging
-from nbdq.cli.options import CHAIN_OPTIONS, Mode, Size, chain_arguments, chain_options
-from nbdq.cli.volumes import export_names, one_each, open_volumes
-from nbdq.errors import ExportError, printable
+from nbdq.cli.administration import admin_settings, administration_options
+from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
+from nbdq.cli.running import run
+from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
+from nbdq.cli.volumes import export_names, one_each
 from nbdq.nbd.constants import DEFAULT_PORT
-from nbdq.server.export import Exports
-from nbdq.server.limits import Limits
-from nbdq.server.listener import Listener, listen_tcp, listen_unix
-from nbdq.server.server import Server
-from nbdq.server.volume import Volume, Wish
 from nbdq.server.writing import DetectZeroes
-from nbdq.storage import share_one_heap
 
-_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 @click.command("serve")
@@ -108,134 +94,88 @@ _log = logging.getLogger(__name__)
 )
 @click.option("-v", "--verbose", count=True, help="Log clients; twice: everything.")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
-def serve_command(
-    images: tuple[str, ...],
-    socket: str | None,
-    bind: str | None,
-    port: int | None,
-    socket_mode: int,
-    names: tuple[str, ...],
-    descriptions: tuple[str, ...],
-    read_only: bool,
-    discard: str,
-    detect_zeroes: str,
-    write_threshold: int | None,
-    snapshot: str | None,
-    bitmaps: tuple[str, ...],
-    allocation_depth: bool,
-    shared: int,
-    persistent: bool,
-    pid_file: str | None,
-    log_format: str,
-    verbose: int,
-    **options: Any,
-) -> None:
+def serve_command(images: tuple[str, ...], pid_file: str | None, persistent: bool, **options: Any) -> None:
     """Serve each IMAGE, with its whole chain, as an NBD export.
 
     Clients can write to IMAGE, never to what is below it. Prints the URI of each export when clients can connect.
     SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
-    chain = {name: value for name, value in options.items() if name in CHAIN_OPTIONS}
-    administration = {name: value for name, value in options.items() if name not in CHAIN_OPTIONS}
-    configure_logging(verbosity=verbose, log_format=log_format)
-    share_one_heap()
-    if len(images) > 1 and (chain["backing"] or snapshot or bitmaps):
+    run(
+        Settings(
+            listeners=_from(listeners, options),
+            exports=_from(exports, {**options, "images": images}),
+            admin=_from(admin_settings, options),
+            log=_from(log_settings, options),
+            pid_file=pid_file,
+        )
+    )
+
+
+def _from(settings: Callable[..., _Result], options: dict[str, Any]) -> _Result:
+    """What ``settings`` makes of those options that are its arguments."""
+    return settings(**{name: options[name] for name in inspect.signature(settings).parameters})
+
+
+def listeners(socket: str | None, bind: str | None, port: int | None, socket_mode: int) -> tuple[ListenSettings, ...]:
+    """A unix socket, TCP, or both; TCP unless told otherwise."""
+    places = [] if socket is None else [ListenSettings(socket, socket_mode)]
+    if socket is None or bind is not None or port is not None:
+        places.append(ListenSettings(address=bind or "127.0.0.1", port=port))
+    return tuple(places)
+
+
+def exports(
+    images: tuple[str, ...],
+    names: tuple[str, ...],
+    descriptions: tuple[str, ...],
+    backing: tuple[tuple[str, str] | None, ...],
+    snapshot: str | None,
+    bitmaps: tuple[str, ...],
+    format: Literal["qcow2", "raw"],
+    allow_backing: tuple[str, ...],
+    allow_data_file: bool,
+    force_share: bool,
+    read_only: bool,
+    allocation_depth: bool,
+    shared: int,
+    discard: Literal["unmap", "ignore"],
+    detect_zeroes: Literal["off", "on", "unmap"],
+    write_threshold: int | None,
+) -> tuple[ExportSettings, ...]:
+    """One for each image; the other options hold for all of them.
+
+    Raises:
+        click.UsageError: options do not fit each other, or the number of images.
+    """
+    if len(images) > 1 and (backing or snapshot or bitmaps):
         raise click.UsageError("--backing, --load-snapshot and --bitmap are for a single IMAGE")
-    if detect_zeroes == DetectZeroes.UNMAP and discard == "ignore":
+    if detect_zeroes == "unmap" and discard == "ignore":
         raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
-    limits = Limits()
+    layers = explicit_chain(backing)
     texts = one_each("--description", descriptions, images, default=[""] * len(images))
-    wishes = [
-        Wish(
-            id=name,
+    return tuple(
+        ExportSettings(
+            image=image,
             name=name,
             description=text,
-            writable=not (read_only or snapshot is not None or chain["force_share"]),
+            format=format,
+            backing=None if layers is None else tuple(layers),
+            allow_backing=allow_backing,
+            allow_data_file=allow_data_file,
+            force_share=force_share,
+            read_only=read_only,
+            snapshot=snapshot,
             bitmaps=bitmaps,
             allocation_depth=allocation_depth,
-            maximum_connections=shared,
-            discard=discard == "unmap",
-            detect_zeroes=DetectZeroes(detect_zeroes),
-        )
-        for name, text in zip(export_names(names, images), texts, strict=True)
-    ]
-    directory = Exports()
-    with (
-        closing(open_administration(**administration)) as administrators,
-        open_volumes(
-            images,
-            wishes,
-            directory,
-            clusters=ClusterCache(budget=limits.inflated_bytes),
-            top_of=administrators.top_of,
-            snapshot=snapshot,
-            index_budget=limits.index_bytes // len(images),
+            max_connections=shared,
+            discard=discard,
+            detect_zeroes=detect_zeroes,
             write_threshold=write_threshold,
-            on_event=_log.warning,
-            **chain_arguments(**chain),
-        ) as volumes,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
-        listeners = _listen(socket, bind, port, socket_mode)
-        runner.run(_serve(directory, volumes, administrators, listeners, limits, pid_file))
+        )
+        for image, name, text in zip(images, export_names(names, images), texts, strict=True)
+    )
 
 
-def _listen(socket: str | None, bind: str | None, port: int | None, socket_mode: int) -> list[Listener]:
-    listeners: list[Listener] = []
-    try:
-        if socket is not None:
-            listeners.append(listen_unix(socket, mode=socket_mode))
-        if socket is None or bind is not None or port is not None:
-            listeners += listen_tcp(bind or "127.0.0.1", DEFAULT_PORT if port is None else port)
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-async def _serve(
-    exports: Exports,
-    volumes: list[Volume],
-    administrators: Administration,
-    listeners: list[Listener],
-    limits: Limits,
-    pid_file: str | None,
-) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    server = Server(exports, listeners, limits)
-    try:
-        await administrators.start(volumes, exports, stop.set)
-        try:
-            server.start()
-            with _process_id_in(pid_file):
-                for listener in listeners:
-                    for name in exports.by_name:
-                        print(listener.uri(name), flush=True)
-                await stop.wait()
-        finally:
-            await administrators.stop()
-    finally:
-        await server.stop()
-
-
-@contextmanager
-def _process_id_in(path: str | None) -> Iterator[None]:
-    """Keep our process id in the file at ``path``, if there is to be one, for as long as clients can connect."""
-    if path is None:
-        yield
-        return
-    try:
-        Path(path).write_text(f"{os.getpid()}\n")
-    except OSError as error:
-        raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        try:
-            Path(path).unlink(missing_ok=True)
-        except OSError as error:
-            _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
+def log_settings(log_format: Literal["text", "json"], verbose: int) -> LogSettings:
+    """How much is logged, and how it looks."""
+    return LogSettings(log_format, verbose)

@@ -1,19 +1,22 @@
-"""From the command line to what a server serves: each IMAGE a volume with one export."""
+"""From the settings of exports to what a server serves: each a volume with one export."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
 
 import click
 
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.live import LiveChain
 from nbdq.chain.policy import Policy
+from nbdq.cli.settings import ExportSettings
 from nbdq.errors import ExportError, printable
 from nbdq.server.export import Exports
 from nbdq.server.volume import Volume, Wish
+from nbdq.server.writing import DetectZeroes
+
+_log = logging.getLogger(__name__)
 
 #: Volume name and IMAGE, format and policy → the same of the image that is the disk's top now.
 TopOf = Callable[..., tuple[str, str, Policy]]
@@ -42,11 +45,11 @@ def one_each(option: str, values: Sequence[str], images: Sequence[str], *, defau
     return list(values)
 
 
-def volume_names(wishes: Sequence[Wish], images: Sequence[str]) -> list[str]:
+def volume_names(exports: Sequence[ExportSettings]) -> list[str]:
     """What administrators call the disks: as the exports, or as the files where these have no name; all different."""
     names: list[str] = []
-    for wish, image in zip(wishes, images, strict=True):
-        name = stem = wish.name or PurePath(image).stem
+    for export in exports:
+        name = stem = export.export_name or PurePath(export.image).stem
         number = 2
         while name in names:
             name, number = f"{stem}-{number}", number + 1
@@ -54,55 +57,75 @@ def volume_names(wishes: Sequence[Wish], images: Sequence[str]) -> list[str]:
     return names
 
 
+def wish_of(export: ExportSettings, *, id: str) -> Wish:
+    """What is to be offered of the disk."""
+    return Wish(
+        id=id,
+        name=export.export_name,
+        description=export.description,
+        writable=export.writable,
+        bitmaps=export.bitmaps,
+        allocation_depth=export.allocation_depth,
+        maximum_connections=export.max_connections,
+        discard=export.discard == "unmap",
+        detect_zeroes=DetectZeroes(export.detect_zeroes),
+    )
+
+
+def open_chain(
+    export: ExportSettings, name: str, *, clusters: ClusterCache, top_of: TopOf, index_bytes: int
+) -> LiveChain:
+    """Open the disk ``name``, whose top may be another image by now. The caller owns it.
+
+    Raises:
+        ImageError, OSError: as :meth:`~nbdq.chain.live.LiveChain.open`.
+        ExportError: there is another top, and the settings say what is below the old one.
+    """
+    image, backing = export.image, export.backing
+    policy = Policy(roots=export.allow_backing, allow_data_file=export.allow_data_file, force_share=export.force_share)
+    top = top_of(name, image, format=export.format, policy=policy)
+    if export.snapshot is not None:
+        top = image, export.format, policy  # of which it is a snapshot, whatever lies over it now
+    if top[0] != image and backing is not None:
+        raise ExportError(
+            f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk; --backing "
+            "says what is below the former; leave it out, or name the new top as IMAGE"
+        )
+    return LiveChain.open(
+        top[0],
+        format=top[1],
+        policy=top[2],
+        backing=backing,
+        snapshot=export.snapshot,
+        read_only=not export.writable,
+        clusters=clusters,
+        index_budget=index_bytes,
+        write_threshold=export.write_threshold,
+        on_event=_log.warning,
+    )
+
+
 @contextmanager
 def open_volumes(
-    images: Sequence[str],
-    wishes: Sequence[Wish],
-    directory: Exports,
-    *,
-    clusters: ClusterCache,
-    top_of: TopOf,
-    snapshot: str | None,
-    format: str,
-    policy: Policy,
-    backing: Sequence[tuple[str, str]] | None,
-    **opening: Any,
+    exports: Sequence[ExportSettings], directory: Exports, *, clusters: ClusterCache, top_of: TopOf, index_bytes: int
 ) -> Iterator[list[Volume]]:
-    """Open a volume for each image, read-only unless its wish is for a writable export, and put the exports into
-    ``directory``; at the end everything written is made durable, and the volumes closed (R-76).
+    """Open a volume for each of ``exports``, and put these into ``directory``; at the end everything written is made
+    durable, and the volumes closed (R-76).
 
     Args:
         top_of: which image to open, since snapshots and commits may have put another one in front or behind.
-        opening: further arguments of :meth:`nbdq.chain.live.LiveChain.open`.
+        index_bytes: for the windows of the chain indexes of all of them.
 
     Raises:
-        ImageError, ExportError, OSError: as :meth:`~nbdq.chain.live.LiveChain.open` and
-            :meth:`~nbdq.server.volume.Volume.add`.
+        ImageError, ExportError, OSError: as :func:`open_chain` and :meth:`~nbdq.server.volume.Volume.add`.
         ExportError: at the end, some disk could not be saved; all are closed nevertheless.
     """
     volumes: list[Volume] = []
     try:
-        for image, wish, name in zip(images, wishes, volume_names(wishes, images), strict=True):
-            top = top_of(name, image, format=format, policy=policy)
-            if snapshot is not None:
-                top = image, format, policy  # of which it is a snapshot, whatever lies over it now
-            if top[0] != image and backing is not None:
-                raise ExportError(
-                    f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk; --backing "
-                    "says what is below the former; leave it out, or name the new top as IMAGE"
-                )
-            chain = LiveChain.open(
-                top[0],
-                format=top[1],
-                policy=top[2],
-                backing=backing,
-                snapshot=snapshot,
-                read_only=not wish.writable,
-                clusters=clusters,
-                **opening,
-            )
+        for export, name in zip(exports, volume_names(exports), strict=True):
+            chain = open_chain(export, name, clusters=clusters, top_of=top_of, index_bytes=index_bytes // len(exports))
             volumes.append(Volume(name, chain, directory))
-            volumes[-1].open_first(replace(wish, id=name))
+            volumes[-1].open_first(wish_of(export, id=name))
         yield volumes
     finally:
         clusters.close()  # first, because it may be reading the disks

@@ -266,7 +266,7 @@ def test_what_was_written_and_cannot_be_saved_at_the_end_is_an_error(
 ) -> None:
     """R-76, R-63."""
 
-    async def write_something(exports: Exports, *_: object) -> None:
+    async def write_something(_settings: object, exports: Exports, *_: object) -> None:
         for export in exports.by_name.values():
             assert export.writing is not None
             export.writing.write(0, memoryview(b"new." * 128))
@@ -274,7 +274,7 @@ def test_what_was_written_and_cannot_be_saved_at_the_end_is_an_error(
     def fail(_: FileStorage) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("nbdq.cli.serve._serve", write_something)
+    monkeypatch.setattr("nbdq.cli.running._serve", write_something)
     monkeypatch.setattr(FileStorage, "_fdatasync", fail)
     other = tmp_path / "other-raw"
     other.write_bytes(bytes(4096))
