@@ -32,6 +32,7 @@ from nbdq.nbd.constants import (
     OptionReply,
     TransmissionFlag,
 )
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.messages import OptionRefused
 
 #: Bytes of option data that are buffered, and that are read only to be discarded; beyond, the connection ends (R-05).
@@ -146,8 +147,8 @@ class Handshake:
         """Set once transmission begins; the replies of that call to :meth:`receive` are still to be sent."""
         self.finished = False
         """Close the connection once the replies are sent."""
-        self.reason = ""
-        """Why ``finished``, one line for the log."""
+        self.ending: Ending | None = None
+        """Why ``finished``."""
         self.leftover = b""
         """What was received behind the handshake, set with ``negotiated``: the start of transmission."""
 
@@ -178,7 +179,7 @@ class Handshake:
 
         Raises:
             ProtocolError: sync with the client is lost. Where the same ``data`` earned replies before that, they are
-                returned instead, as they would have been had it come in pieces; ``finished`` and ``reason`` tell.
+                returned instead, as they would have been had it come in pieces; ``finished`` and ``ending`` tell.
         """
         assert self.negotiated is None
         if self.finished:
@@ -187,7 +188,7 @@ class Handshake:
         try:
             next(self._conversation, None)
         except ProtocolError as error:
-            self._finish(str(error))
+            self._finish(Cause.PROTOCOL, str(error))
             if not self._replies:
                 raise
         replies, self._replies = self._replies, []
@@ -241,9 +242,9 @@ class Handshake:
         if self._budget < 0:
             raise ProtocolError("the client haggles over more options than any honest one needs")
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, cause: Cause, text: str) -> None:
         self.finished = True
-        self.reason = reason
+        self.ending = Ending(cause, text)
 
     def _respond(self, option: int, data: bytes | None) -> None:
         """Answer one option; ``data`` is None if it was too long to keep."""
@@ -253,7 +254,7 @@ class Handshake:
             if self._fixed and option != Option.EXPORT_NAME:
                 self._replies.append(messages.error(option, refused))
             else:  # the protocol has no error reply for these (P13, P30)
-                self._finish(f"{_name(option)} refused: {refused.text}")
+                self._finish(Cause.REFUSED, f"{_name(option)} refused: {refused.text}")
 
     def _answer(self, option: int, data: bytes | None) -> None:
         if option == Option.SET_META_CONTEXT:  # replaces the selection even if it fails, however it fails (P42)
@@ -262,7 +263,7 @@ class Handshake:
             raise OptionRefused(OptionReply.ERR_POLICY, "the client did not agree to fixed newstyle negotiation")
         if option == Option.ABORT:  # whatever it carries (P26)
             self._replies.append(messages.ack(option))
-            self._finish("the client sent ABORT")
+            self._finish(Cause.ABORT, "the client sent ABORT")
             return
         if self._shutting_down:
             raise OptionRefused(OptionReply.ERR_SHUTDOWN, "the server is shutting down")

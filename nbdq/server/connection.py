@@ -8,9 +8,10 @@ import socket
 from collections.abc import Callable
 
 from nbdq.errors import ProtocolError
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.handshake import Handshake
 from nbdq.nbd.transmission import Transmission
-from nbdq.server.access import Entrance
+from nbdq.server.entrance import Entrance
 from nbdq.server.export import Export, Exports
 from nbdq.server.output import Output
 from nbdq.server.peer import Peer
@@ -52,7 +53,9 @@ class Connection:
         self._export: Export | None = None
         self._closed = False
         self._deadline = resources.loop.call_later(
-            resources.limits.handshake_seconds, self._close, "handshake took longer than its deadline"
+            resources.limits.handshake_seconds,
+            self._close,
+            Ending(Cause.HANDSHAKE_TIMEOUT, "handshake took longer than its deadline"),
         )
 
     def start(self) -> None:
@@ -65,11 +68,11 @@ class Connection:
         if self._session is not None:
             self._session.shut_down()
         else:
-            self._close("server shuts down")
+            self._close(Ending(Cause.SHUTDOWN, "server shuts down"))
 
     def abort(self) -> None:
         """Close at once."""
-        self._close("cut: the time to end in peace is over")
+        self._close(Ending(Cause.CUT, "cut: the time to end in peace is over"))
 
     def resize(self, size: int) -> None:
         """The export has another size from now on."""
@@ -89,15 +92,15 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             return True
         except OSError as error:
-            self._close(str(error))
+            self._close(Ending(Cause.BROKEN, str(error)))
             return True
         if not data:
-            self._close("client left during the handshake")
+            self._close(Ending(Cause.CLOSED, "client left during the handshake"))
             return True
         try:
             replies = self._handshake.receive(data)
         except ProtocolError as error:
-            self._close(str(error))
+            self._close(Ending(Cause.PROTOCOL, str(error)))
             return True
         self._send(replies)
         return bool(replies)
@@ -109,7 +112,7 @@ class Connection:
         try:
             drained = self._output.flush()
         except OSError as error:
-            self._close(str(error))
+            self._close(Ending(Cause.BROKEN, str(error)))
             return
         if not drained:  # a client that does not read its replies is not read either
             loop.remove_reader(descriptor)
@@ -117,7 +120,8 @@ class Connection:
         elif self._handshake.negotiated is not None:
             self._begin_transmission()
         elif self._handshake.finished:
-            self._close(self._handshake.reason)
+            assert self._handshake.ending is not None
+            self._close(self._handshake.ending)
 
     def _on_writable(self) -> None:
         loop, descriptor = self._resources.loop, self._socket.fileno()
@@ -133,7 +137,8 @@ class Connection:
         self._resources.loop.remove_reader(self._socket.fileno())
         export = self._entrance.chosen(negotiated)
         if export is None:
-            self._close("the export is gone, full or another one since the client asked for it")
+            text = "the export is gone, full or another one since the client asked for it"
+            self._close(Ending(Cause.REFUSED, text))
             return
         self._exports.enter(export, self)
         self._export = export
@@ -147,7 +152,7 @@ class Connection:
         )
         self._session.start(bytes(self._handshake.leftover))
 
-    def _hang_up(self, reason: str) -> None:
+    def _hang_up(self, ending: Ending) -> None:
         """Close so that what was sent arrives (P93, P99).
 
         TCP drops what it has not yet delivered when data comes in on a closed socket; so what a client still sends is
@@ -160,12 +165,12 @@ class Connection:
                 pass
             else:
                 loop = self._resources.loop
-                loop.add_reader(self._socket.fileno(), self._on_late, reason)
-                self._deadline = loop.call_later(_LINGER_SECONDS, self._close, reason)
+                loop.add_reader(self._socket.fileno(), self._on_late, ending)
+                self._deadline = loop.call_later(_LINGER_SECONDS, self._close, ending)
                 return
-        self._close(reason)
+        self._close(ending)
 
-    def _on_late(self, reason: str) -> None:
+    def _on_late(self, ending: Ending) -> None:
         try:
             if self._socket.recv(_RECEIVE_SIZE):
                 return
@@ -173,9 +178,9 @@ class Connection:
             return
         except OSError:
             pass
-        self._close(reason)
+        self._close(ending)
 
-    def _close(self, reason: str) -> None:
+    def _close(self, ending: Ending) -> None:
         if self._closed:
             return
         self._closed = True
@@ -187,5 +192,5 @@ class Connection:
         self._resources.loop.remove_reader(self._socket.fileno())
         self._resources.loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        _log.log(logging.INFO if self._session else logging.DEBUG, "%s: closed: %s", self._peer, reason)
+        _log.log(logging.INFO if self._session else logging.DEBUG, "%s: closed: %s", self._peer, ending.text)
         self._on_close(self)

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.transmission import Transmission
 from nbdq.server.limits import ARENA_SIZE
 from nbdq.server.pending import Pending
@@ -22,9 +23,9 @@ class PayloadMemory:
         resources: Resources,
         *,
         is_reading: Callable[[], bool],
-        end: Callable[[str], None],
+        end: Callable[[Ending], None],
     ) -> None:
-        """``end`` is called with the reason when a client that ``is_reading`` does not send the rest of a payload."""
+        """``end`` is called when a client that ``is_reading`` does not send the rest of a payload."""
         self._transmission = transmission
         self._pending = pending
         self._resources = resources
@@ -60,7 +61,7 @@ class PayloadMemory:
     def _judge(self, count: int, missing: int) -> None:
         self._stall = None
         if self._is_reading() and (self._count, self._transmission.missing) == (count, missing):
-            self._end("client does not send the rest of a WRITE")
+            self._end(Ending(Cause.STALLED, "client does not send the rest of a WRITE"))
         else:
             self.watch()
 

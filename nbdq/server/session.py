@@ -16,11 +16,13 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable
+from errno import EIO
 from functools import partial
 from time import monotonic
 
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import Command, TransmissionFlag
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.transmission import RawRequest, Transmission
 from nbdq.server.export import Export
 from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
@@ -42,6 +44,8 @@ _BATCH_LENGTH = 2 << 20
 _BATCHES_PER_TURN = 8
 #: … and bytes of a payload, however fast it sends.
 _PAYLOAD_PER_TURN = 4 << 20
+#: What a send fails with because of the file, not of the socket; None if that became shorter (P101).
+_FILE_ERRORS = (None, EIO)
 #: How long a drained disk waits for a client to take replies for whose copy there is no memory, and how often it looks.
 _DETACH_SECONDS, _DETACH_INTERVAL = 2.0, 0.01
 
@@ -55,9 +59,9 @@ class Session:
         transmission: Transmission,
         export: Export,
         resources: Resources,
-        on_end: Callable[[str], None],
+        on_end: Callable[[Ending], None],
     ) -> None:
-        """``sock`` is non-blocking and stays the caller's; ``on_end`` is called once, with the reason, unless
+        """``sock`` is non-blocking and stays the caller's; ``on_end`` is called once, unless
         :meth:`abandon` came first."""
         self._socket = sock
         self._transmission = transmission
@@ -78,7 +82,7 @@ class Session:
             sock,
             on_readable=partial(self._guard, self._on_readable),
             on_room=partial(self._guard, self._on_writable),
-            on_stall=partial(self._end, "client does not read its replies"),
+            on_stall=partial(self._end, Ending(Cause.STALLED, "client does not read its replies")),
             stall_seconds=resources.limits.reply_stall_seconds,
         )
         self._memory = PayloadMemory(
@@ -87,7 +91,7 @@ class Session:
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
         self._backlog: deque[RawRequest] = deque()
-        self._stopping = ""  # the reason, once no further request will be read
+        self._stopping: Ending | None = None  # why, once no further request will be read
         self._ended = False
         self._due = False  # the loop will call _take_turn
         self._held = False  # nothing is begun
@@ -110,7 +114,7 @@ class Session:
 
     def shut_down(self) -> None:
         """Answer what is accepted, then end (P99)."""
-        self._stop("server shuts down")
+        self._stop(Ending(Cause.SHUTDOWN, "server shuts down"))
         self._guard(self._serve)
 
     def abandon(self) -> None:
@@ -133,7 +137,7 @@ class Session:
             callback()
         except Exception:
             _log.exception("a connection ends for a bug")
-            self._end("internal error")
+            self._end(Ending(Cause.BUG, "internal error"))
 
     # The gate's side.
 
@@ -168,7 +172,8 @@ class Session:
         deadline = self._resources.loop.time() + _DETACH_SECONDS
         while (length := self._output.file_bytes) and not self._pending.reserve_reply(length):
             if self._resources.loop.time() > deadline:
-                self._end("client does not read its replies, and its disk has to change")
+                text = "client does not read its replies, and its disk has to change"
+                self._end(Ending(Cause.STALLED, text))
                 return
             await asyncio.sleep(_DETACH_INTERVAL)
         if not length:
@@ -178,7 +183,7 @@ class Session:
         try:
             self._output.replace(await in_thread(self._output.copy))
         except OSError as error:
-            self._end(str(error))
+            self._end(Ending(Cause.READ_FAILED, str(error)))
         finally:
             self._frozen = False
             if not self._ended:
@@ -204,13 +209,13 @@ class Session:
                 self._memory.watch()
                 break
             except OSError as error:
-                self._end(str(error))
+                self._end(Ending(Cause.BROKEN, str(error)))
                 return
             received += count
             if count:
                 self._parse(count)
             else:
-                self._stop("client closed the connection without NBD_CMD_DISC")
+                self._stop(Ending(Cause.CLOSED, "client closed the connection without NBD_CMD_DISC"))
         self._serve()
 
     def _read_on(self) -> None:
@@ -221,11 +226,11 @@ class Session:
         try:
             self._backlog.extend(self._transmission.received(count))
         except ProtocolError as error:
-            self._stop(str(error))
+            self._stop(Ending(Cause.PROTOCOL, str(error)))
         if self._transmission.failure is not None:
-            self._stop(str(self._transmission.failure))
+            self._stop(Ending(Cause.PROTOCOL, str(self._transmission.failure)))
         elif self._transmission.disconnected:
-            self._stop("client disconnected")
+            self._stop(Ending(Cause.DISCONNECT, "client disconnected"))
 
     def _on_writable(self) -> None:
         self._flush()
@@ -238,7 +243,7 @@ class Session:
         try:
             drained = self._output.flush()
         except OSError as error:
-            self._end(str(error))
+            self._end(Ending(Cause.READ_FAILED if error.errno in _FILE_ERRORS else Cause.BROKEN, str(error)))
             return
         if drained:
             if self._arena is not None:
@@ -404,14 +409,14 @@ class Session:
 
     # Ending.
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, ending: Ending) -> None:
         """Read no more; the session ends when everything accepted so far is answered."""
         if not self._stopping:
-            self._stopping = reason
+            self._stopping = ending
             self._watch.pause()
 
-    def _end(self, reason: str) -> None:
+    def _end(self, ending: Ending) -> None:
         """Tell the owner, once, who then closes the socket."""
         if not self._ended:
             self.abandon()
-            self._on_end(reason)
+            self._on_end(ending)

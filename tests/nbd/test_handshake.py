@@ -618,7 +618,8 @@ def test_a_server_that_shuts_down_closes_at_export_name() -> None:
     handshake.shut_down()
     assert handshake.receive(option(EXPORT_NAME, b"disk")) == []
     assert handshake.finished
-    assert "shutting down" in handshake.reason
+    assert handshake.ending is not None
+    assert "shutting down" in handshake.ending.text
 
 
 # Exports that cannot be described to a client.

@@ -110,10 +110,10 @@ def shake(data: Iterable[bytes], make: Callable[[], Handshake] = lambda: Handsha
         if handshake.negotiated is not None:
             rest += piece
             continue
-        with suppress(ProtocolError):  # which ``finished`` and ``reason`` tell of as well
+        with suppress(ProtocolError):  # which ``finished`` and ``ending`` tell of as well
             replies += handshake.receive(piece)
-    leftover = handshake.leftover + rest
-    return Outcome(tuple(replies), handshake.negotiated, handshake.finished, handshake.reason, leftover)
+    leftover, ending = handshake.leftover + rest, handshake.ending
+    return Outcome(tuple(replies), handshake.negotiated, handshake.finished, ending.text if ending else "", leftover)
 
 
 #: The start of a further option: it must change nothing before the rest has come.
