@@ -9,10 +9,8 @@ import asyncio
 import logging
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -24,6 +22,7 @@ from nbdq.admin.jobs import NotActive
 from nbdq.admin.registry import COMMANDS
 from nbdq.errors import NbdqError, NotFound, in_words, printable
 from nbdq.server.listener import Listener
+from nbdq.server.peer import credentials
 
 _log = logging.getLogger(__name__)
 #: Who changed what; told however quiet the server is to be (R-43).
@@ -38,8 +37,6 @@ _BACKLOG_MAX = 4 << 20
 _RECEIVE = 64 << 10
 #: How long a client that is to go may take to read the rest.
 _GOODBYE_SECONDS = 1.0
-_CREDENTIALS = struct.Struct("iII")
-_SO_PEERGROUPS = 59
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,8 @@ class Monitor:
 
     def _accept(self, sock: socket.socket, address: object) -> bool:
         try:
-            peer, groups = _credentials(sock)
+            process, user, group, groups = credentials(sock)
+            peer = Peer(process, user, group)
         except OSError:  # it has gone already
             sock.close()
             return True
@@ -105,15 +103,6 @@ class Monitor:
             self._clients.add(client)
             client.start(self._loop)
         return True
-
-
-def _credentials(sock: socket.socket) -> tuple[Peer, list[int]]:
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    peer = Peer(*_CREDENTIALS.unpack(raw))
-    groups = b""
-    with suppress(OSError):  # kernels before 4.13
-        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
-    return peer, [group for (group,) in struct.iter_unpack("I", groups[: len(groups) & ~3])]
 
 
 class _Client:

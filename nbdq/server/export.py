@@ -9,11 +9,13 @@ from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, TransmissionFlag
 from nbdq.nbd.handshake import ExportInfo
+from nbdq.server.access import Access
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
 from nbdq.server.gate import Gate
 from nbdq.server.limits import CUT_SECONDS
 from nbdq.server.pause import Pause
+from nbdq.server.rate import Rates, Throttle
 from nbdq.server.writing import DetectZeroes, Writing
 
 #: One process serves every connection from one device object, which keeps nothing for any of them: a flush covers what
@@ -67,6 +69,10 @@ class Export:
     """That of the disk, which exports may share."""
     counters: Counters = field(default_factory=Counters)
     clients: set[Client] = field(default_factory=set)
+    access: Access = field(default_factory=Access)
+    """What new clients have to be or to prove; those that are there stay."""
+    throttle: Throttle | None = None
+    """None without any limit; :meth:`limit` changes it."""
     on_gone: Callable[[], None] = lambda: None
     """Called when nobody can come in any more, and nobody is left."""
 
@@ -87,6 +93,8 @@ class Export:
         allocation_depth: bool = False,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
         maximum_connections: int = 0,
+        access: Access | None = None,
+        rates: Rates | None = None,
         discard: bool = True,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     ) -> "Export":
@@ -106,7 +114,9 @@ class Export:
         writing = None
         if writable:
             writing = Writing(cast(WritableBlockDevice, device), discard=discard, detect_zeroes=detect_zeroes)
-        return cls(info, device, maximum_connections, writing, bitmaps, id, gate or Gate())
+        export = cls(info, device, maximum_connections, writing, bitmaps, id, gate or Gate(), access=access or Access())
+        export.limit(rates or Rates())
+        return export
 
     @classmethod
     def read_only(cls, name: str, device: BlockDevice, **options: Any) -> "Export":
@@ -174,6 +184,18 @@ class Export:
         """Whether new clients may write; those that are there go on as they were told."""
         assert self.writing is not None
         self.info = replace(self.info, flags=_WRITABLE_FLAGS if admitted else _READ_ONLY_FLAGS)
+
+    @property
+    def rates(self) -> Rates:
+        """How fast its clients may go, all together."""
+        return Rates() if self.throttle is None else self.throttle.rates
+
+    def limit(self, rates: Rates) -> None:
+        """Change :attr:`rates`, for those that are there too. On the loop thread, or before there are clients."""
+        if self.throttle is not None:
+            self.throttle.change(rates)
+        elif rates.are_limited:
+            self.throttle = Throttle(rates)
 
     def describe(self, description: str) -> None:
         """Tell new clients another description.

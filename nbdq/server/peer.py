@@ -2,10 +2,12 @@
 
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-_CREDENTIALS = struct.Struct("iii")
+_CREDENTIALS = struct.Struct("iII")
+_SO_PEERGROUPS = 59
 
 #: Addresses of hosts; an IPv4 address in an IPv6 one counts as the former (R-11).
 Host = IPv4Address | IPv6Address
@@ -35,6 +37,8 @@ class Peer:
     user: int | None = None
     group: int | None = None
     """What the kernel says of a client on a unix socket, None on others (SO_PEERCRED)."""
+    groups: frozenset[int] = frozenset()
+    """``group`` and the supplementary ones; those are missing if there are more than 256."""
     secure: bool = False
     """Whether what is said now is protected by TLS."""
     identity: Identity | None = None
@@ -48,14 +52,28 @@ class Peer:
             OSError: it has gone already.
         """
         if sock.family == socket.AF_UNIX:
-            raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            process, user, group = _CREDENTIALS.unpack(raw)
-            return cls(number, f"unix:{user}", process=process, user=user, group=group)
+            process, user, group, groups = credentials(sock)
+            return cls(number, f"unix:{user}", process=process, user=user, group=group, groups=groups)
         assert isinstance(address, tuple)
         return cls(number, f"{address[0]}:{address[1]}", host=host_of(address[0]))
 
     def __str__(self) -> str:
         return f"#{self.number} {self.address}"
+
+
+def credentials(sock: socket.socket) -> tuple[int, int, int, frozenset[int]]:
+    """Process, user, group and all groups of whoever connected to a unix socket, at that moment.
+
+    Raises:
+        OSError: it has gone already.
+    """
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, group = _CREDENTIALS.unpack(raw)
+    supplementary = b""
+    with suppress(OSError):  # more than fit, or a kernel before 4.13
+        supplementary = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+    groups = struct.iter_unpack("I", supplementary[: len(supplementary) & ~3])
+    return process, user, group, frozenset((group, *(number for (number,) in groups)))
 
 
 def host_of(text: str) -> Host:

@@ -17,10 +17,12 @@ from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.views import View, open_view
 from nbdq.errors import ExportError, NbdqError, OperationError, printable
+from nbdq.server.access import Access
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
 from nbdq.server.export import Export, Exports
 from nbdq.server.gate import Gate
+from nbdq.server.rate import Rates
 from nbdq.server.threads import in_thread
 from nbdq.server.writing import DetectZeroes
 
@@ -42,6 +44,8 @@ class Wish:
     bitmaps: Sequence[str] = ()
     allocation_depth: bool = False
     maximum_connections: int = 0
+    access: Access = field(default_factory=Access)
+    rates: Rates = field(default_factory=Rates)
     discard: bool = True
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
 
@@ -214,6 +218,8 @@ class Volume:
             bitmaps=bitmaps,
             allocation_depth=wish.allocation_depth,
             maximum_connections=wish.maximum_connections,
+            access=wish.access,
+            rates=wish.rates,
             discard=wish.discard,
             detect_zeroes=wish.detect_zeroes,
         )

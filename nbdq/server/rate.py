@@ -1,0 +1,180 @@
+"""How fast the clients of an export may go, all together: token buckets for requests and for bytes.
+
+A session asks for the portion of its requests that may be served now, and is charged for what was. What is charged may
+be more than there was, by one request; the bucket is in debt then, and all wait until that is paid, so that the average
+keeps to the rate whatever the size of a request. Who has to wait does so in one line, and goes to its end after each
+portion: nobody gets more for having more connections' worth of requests ready, and nobody spins.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import monotonic
+
+from nbdq.errors import ExportError
+from nbdq.nbd.constants import MAXIMUM_PAYLOAD, Command
+from nbdq.nbd.transmission import RawRequest
+
+#: While somebody waits, portions are what the rate allows in such a time: many enough to look even, and few enough to
+#: cost nothing.
+_PORTION_SECONDS = 0.005
+#: Requests whose data counts; zeroing and discarding move none.
+_COUNTED = frozenset({Command.READ, Command.WRITE, Command.CACHE})
+_COMMAND_MASK = 0xFFFF
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the clients of an export may do in a second; 0 for no limit."""
+
+    requests: float = 0.0
+    """FLUSH not counted: it is a client's duty."""
+    bytes: float = 0.0
+    """Read, written and cached."""
+    burst: float = 1.0
+    """Seconds' worth of both that clients who were idle may use at once."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: a rate is negative, or the burst not positive.
+        """
+        if self.requests < 0 or self.bytes < 0 or self.burst <= 0:
+            raise ExportError("rates must not be negative, and a burst must be positive; a rate of 0 is no limit")
+
+    @property
+    def are_limited(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self.requests or self.bytes)
+
+
+class _Bucket:
+    """Tokens that come in at ``rate``; without one there are always enough."""
+
+    def __init__(self, rate: float, burst: float, least: float) -> None:
+        """``least``: what has to be there before anybody gets something."""
+        self.rate = rate
+        self.level = self._most = max(rate * burst, least)
+        self.portion = max(rate * _PORTION_SECONDS, least)
+
+    def fill(self, seconds: float) -> None:
+        self.level = min(self._most, self.level + self.rate * seconds)
+
+    @property
+    def delay(self) -> float:
+        """Seconds until there is a portion."""
+        return max(0.0, (self.portion - self.level) / self.rate) if self.rate else 0.0
+
+
+class Throttle:
+    """The rates of one export, and the line of those who wait. Loop thread only."""
+
+    def __init__(
+        self,
+        rates: Rates,
+        *,
+        clock: Callable[[], float] = monotonic,
+        call_later: Callable[[float, Callable[[], None]], asyncio.TimerHandle] | None = None,
+    ) -> None:
+        """``clock`` and ``call_later`` are the running loop's, but in tests."""
+        self._clock = clock
+        self._call_later = call_later
+        self._waiting: dict[Callable[[], None], None] = {}  # in the order of their turns
+        self._turn: Callable[[], None] | None = None  # whose it is
+        self._timer: asyncio.TimerHandle | None = None
+        self._set(rates)
+
+    def _set(self, rates: Rates) -> None:
+        self.rates = rates
+        self._requests = _Bucket(rates.requests, rates.burst, 1.0)
+        self._bytes = _Bucket(rates.bytes, rates.burst, 1.0)
+        self._filled = self._clock()
+
+    def change(self, rates: Rates) -> None:
+        """Other rates from now on; debts are forgiven."""
+        self._set(rates)
+        self._wake()
+
+    def admits(self, resume: Callable[[], None]) -> bool:
+        """Whether it is the caller's turn; if not, ``resume`` is called when it is, once."""
+        if self._turn is resume:
+            return True
+        self._fill()
+        if not self._waiting and not self._delay:
+            return True
+        self._waiting.setdefault(resume)
+        self._schedule()
+        return False
+
+    def portion(self, requests: Iterable[RawRequest]) -> int:
+        """How many of ``requests``, the next ones of a client whose turn it is, may be served now; at least one."""
+        self._fill()
+        count_left, bytes_left = self._left(self._requests), self._left(self._bytes)
+        count = 0
+        for request in requests:
+            if count_left < 1 or bytes_left <= 0:
+                break
+            count += 1
+            cost, length = _cost(request)
+            count_left -= cost
+            bytes_left -= length
+        return max(count, 1)
+
+    def _left(self, bucket: _Bucket) -> float:
+        if not bucket.rate:
+            return float("inf")
+        return min(bucket.level, bucket.portion) if self._waiting else bucket.level
+
+    def charge(self, requests: Iterable[RawRequest]) -> None:
+        """``requests`` were served, and the turn of who sent them is over."""
+        self._turn = None
+        for request in requests:
+            cost, length = _cost(request)
+            self._requests.level -= cost
+            self._bytes.level -= length
+
+    def forget(self, resume: Callable[[], None]) -> None:
+        """Who waits does so no more."""
+        self._waiting.pop(resume, None)
+
+    # Time.
+
+    @property
+    def _delay(self) -> float:
+        return max(self._requests.delay, self._bytes.delay)
+
+    def _fill(self) -> None:
+        now = self._clock()
+        seconds, self._filled = now - self._filled, now
+        self._requests.fill(seconds)
+        self._bytes.fill(seconds)
+
+    def _schedule(self) -> None:
+        if self._timer is None and self._waiting:
+            call_later = self._call_later or asyncio.get_running_loop().call_later
+            self._timer = call_later(self._delay, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        self._wake()
+
+    def _wake(self) -> None:
+        """Give each of those who wait now a turn, as far as there is something to give."""
+        for resume in list(self._waiting):
+            self._fill()
+            if self._delay:
+                break
+            if resume in self._waiting:
+                del self._waiting[resume]
+                self._turn = resume
+                resume()
+                self._turn = None
+        self._schedule()
+
+
+def _cost(request: RawRequest) -> tuple[int, int]:
+    """What a request counts as: requests and bytes."""
+    _, operation, _, _, length = request
+    command = operation & _COMMAND_MASK
+    # What is longer is refused, or serves to read ahead; neither is worth holding up everybody for.
+    return command != Command.FLUSH, min(length, MAXIMUM_PAYLOAD) if command in _COUNTED else 0
