@@ -24,9 +24,11 @@ _UNIX_SEND_BUFFER = 2 << 20
 
 
 class Listener:
-    """A bound socket. Owns it, and a unix socket's file, until :meth:`close`."""
+    """A socket that listens. Owns it, and a unix socket's file if it made that, until :meth:`close`."""
 
     def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+        """``path``: of the file that is to be removed in the end; None for sockets without one, and for those that
+        whoever started us goes on to own."""
         sock.setblocking(False)
         self.socket = sock
         self._wanted = True
@@ -36,10 +38,19 @@ class Listener:
 
     def uri(self, export_name: str) -> str:
         """Where a client finds an export through this listener (U1)."""
-        if self._path is not None:
-            return unix_uri(export_name, os.path.abspath(self._path))
+        if (path := self.path) is not None:
+            return unix_uri(export_name, path)
         host, port = self.socket.getsockname()[:2]
         return tcp_uri(export_name, host, port)
+
+    @property
+    def path(self) -> str | None:
+        """Absolute path of a unix socket; an abstract one begins with NUL. None on TCP."""
+        if self.socket.family != socket.AF_UNIX:
+            return None
+        name = self._path or self.socket.getsockname()
+        path = os.fsdecode(name)
+        return path if path.startswith("\0") else os.path.abspath(path)
 
     def start(self, loop: asyncio.AbstractEventLoop, accept: Callable[[socket.socket, object], bool]) -> None:
         """Accept clients; ``accept`` takes ownership of each socket, whose address it is told, and answers whether it
