@@ -1,38 +1,35 @@
 """The handshake: from the server's hello to the transmission phase, or to the end of the connection.
 
 A machine without I/O: bytes go in, option replies come out, at whatever pieces the network delivers (P5). Knows the
-order of option haggling and what a selection of metadata contexts survives. Must not know sockets, time, or what is
-behind an export; TLS is not offered (NOTLS mode, P64).
+order of option haggling, what has to happen under TLS, and what a selection of metadata contexts survives. Must not
+know sockets, time, how TLS works, or what is behind an export.
 
 What ends a connection here, and nothing else does (P141):
 
 - lost sync: a client flag we did not offer (P12), a wrong option magic (P20), an option too long to discard (P25), more
-  options than an honest client needs (P16). These are a :class:`ProtocolError`.
+  options than an honest client needs (P16), anything behind STARTTLS before it is answered (P62). These are a
+  :class:`ProtocolError`.
 - ABORT, an EXPORT_NAME that fails (P30), and any other option of a client without fixed newstyle (P13), for which the
   protocol has no other answer. These are ``finished``.
 """
 
 import struct
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Generator
+from enum import StrEnum
 
-from nbdq.errors import ExportError, ProtocolError, printable
+from nbdq.errors import ProtocolError, printable
 from nbdq.nbd import messages
 from nbdq.nbd.constants import (
-    DEFAULT_PAYLOAD,
     IHAVEOPT,
-    MAXIMUM_PAYLOAD,
-    MAXIMUM_STRING,
     NBDMAGIC,
     ClientFlag,
     HandshakeFlag,
     InfoType,
     Option,
     OptionReply,
-    TransmissionFlag,
 )
 from nbdq.nbd.ending import Cause, Ending
+from nbdq.nbd.exports import ExportDirectory, ExportInfo, Negotiated
 from nbdq.nbd.messages import OptionRefused
 
 #: Bytes of option data that are buffered, and that are read only to be discarded; beyond, the connection ends (R-05).
@@ -48,100 +45,21 @@ _CLIENT_FLAGS_OFFERED = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)  #
 _OPTION = struct.Struct(">QII")
 
 
-@dataclass(frozen=True)
-class ExportInfo:
-    """What a client learns of an export.
+class TlsMode(StrEnum):
+    """What the clients of one listener may and must do (P64)."""
 
-    Raises:
-        ExportError: a text or number that the protocol cannot carry or that a client would refuse.
-    """
-
-    name: str
-    size: int
-    """Bytes."""
-    flags: TransmissionFlag
-    """Without SEND_DF, which follows from structured replies."""
-    description: str = ""
-    minimum_block: int = 1
-    preferred_block: int = 4096
-    maximum_block: int = DEFAULT_PAYLOAD
-    """Bytes; READ and WRITE payloads beyond are refused (P128)."""
-    contexts: tuple[str, ...] = ()
-    """Names of the metadata contexts on offer; the position of a name is its context id."""
-
-    def __post_init__(self) -> None:
-        assert TransmissionFlag.SEND_DF not in self.flags
-        for text in (self.name, self.description, *self.contexts):
-            self._check_text(text)
-        if not 0 <= self.size < 1 << 63:
-            raise ExportError(f"export {printable(self.name)}: a size of {self.size} bytes is not within 0 … 2^63 - 1")
-        self._check_blocks()
-
-    def _check_text(self, text: str) -> None:
-        """P2: UTF-8, no NUL, bounded."""
-        try:
-            length = len(text.encode())
-        except UnicodeEncodeError:
-            raise ExportError(f"export {printable(self.name)}: {printable(text)!r} is not valid Unicode") from None
-        if length > MAXIMUM_STRING or "\0" in text:
-            raise ExportError(
-                f"export {printable(self.name)}: {printable(text)!r} has {length} bytes; "
-                f"names and descriptions have at most {MAXIMUM_STRING} and no NUL"
-            )
-
-    def _check_blocks(self) -> None:
-        """P126: what QEMU's client insists on, and no more than we can consume."""
-        minimum, preferred, maximum = self.minimum_block, self.preferred_block, self.maximum_block
-        powers = all(size > 0 and size & (size - 1) == 0 for size in (minimum, preferred))
-        ordered = minimum <= 64 << 10 and max(512, minimum) <= preferred <= maximum <= MAXIMUM_PAYLOAD
-        if not powers or not ordered or maximum % minimum:
-            raise ExportError(
-                f"export {printable(self.name)}: block sizes {minimum}, {preferred}, {maximum} must ascend; minimum "
-                f"a power of two to 64 KiB, preferred a power of two from 512, maximum a multiple of the minimum to "
-                f"{MAXIMUM_PAYLOAD >> 20} MiB"
-            )
-
-    def wire_flags(self, *, structured: bool) -> TransmissionFlag:
-        """The transmission flags as a client sees them (1.6): DF exactly when structured replies are agreed."""
-        flags = self.flags | TransmissionFlag.HAS_FLAGS
-        return flags | TransmissionFlag.SEND_DF if structured else flags
-
-
-class ExportDirectory(Protocol):
-    """Where the handshake looks exports up. Neither call may block or open anything (R-07, P36)."""
-
-    def list(self) -> Sequence[ExportInfo]:
-        """The exports that a client may see (P32)."""
-        ...
-
-    def find(self, name: str) -> ExportInfo | None:
-        """The export of exactly that name; the empty name asks for the default export (P31).
-
-        Raises:
-            OptionRefused: there is one, but not for this client, or not now (P37).
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Negotiated:
-    """What the two sides agreed on; it holds for the whole transmission phase."""
-
-    export: ExportInfo
-    structured: bool
-    contexts: tuple[tuple[int, str], ...]
-    """(id, name) of every selected metadata context; not empty only with structured replies."""
-
-    @property
-    def flags(self) -> TransmissionFlag:
-        """The transmission flags that the client was told."""
-        return self.export.wire_flags(structured=self.structured)
+    OFF = "off"
+    """NOTLS: there is no TLS, and nothing demands it."""
+    ALLOW = "allow"
+    """SELECTIVETLS: clients may, and exports may demand it."""
+    REQUIRE = "require"
+    """FORCEDTLS: without TLS a client learns nothing, not even names."""
 
 
 class Handshake:
     """One client's handshake: send :meth:`hello`, then feed :meth:`receive` until ``negotiated`` or ``finished``."""
 
-    def __init__(self, exports: ExportDirectory, *, maximum_options: int = 32) -> None:
+    def __init__(self, exports: ExportDirectory, *, tls: TlsMode = TlsMode.OFF, maximum_options: int = 32) -> None:
         """``maximum_options`` bounds what a client may ask in all; listing exports permits as many again for each."""
         self.negotiated: Negotiated | None = None
         """Set once transmission begins; the replies of that call to :meth:`receive` are still to be sent."""
@@ -149,10 +67,15 @@ class Handshake:
         """Close the connection once the replies are sent."""
         self.ending: Ending | None = None
         """Why ``finished``."""
+        self.starting_tls = False
+        """The replies of that call to :meth:`receive` are the last in the clear: once they are sent TLS begins, and when
+        that stands :meth:`secured` is called, before anything else."""
         self.leftover = b""
         """What was received behind the handshake, set with ``negotiated``: the start of transmission."""
 
         self._exports = exports
+        self._tls = tls
+        self._secure = False
         self._budget = self._options_per_export = maximum_options
         self._listed = False
         self._fixed = False  # the client understands option replies (P13)
@@ -182,6 +105,7 @@ class Handshake:
                 returned instead, as they would have been had it come in pieces; ``finished`` and ``ending`` tell.
         """
         assert self.negotiated is None
+        assert not self.starting_tls
         if self.finished:
             return []
         self._buffer += data
@@ -193,6 +117,14 @@ class Handshake:
                 raise
         replies, self._replies = self._replies, []
         return replies
+
+    def secured(self) -> None:
+        """TLS has begun: what was agreed in the clear, perhaps with somebody in between, is forgotten (P61, R-14)."""
+        assert self.starting_tls
+        self.starting_tls = False
+        self._secure = True
+        self._structured = False
+        self._selected_export, self._selected_contexts = None, ()
 
     def shut_down(self) -> None:
         """Answer further options with ERR_SHUTDOWN, except ABORT (P99)."""
@@ -251,6 +183,8 @@ class Handshake:
         try:
             self._answer(option, data)
         except OptionRefused as refused:
+            if refused.reply == OptionReply.ERR_TLS_REQD and self._tls is TlsMode.OFF:
+                refused = OptionRefused(OptionReply.ERR_POLICY, refused.text)  # it would have to be on offer (P64)
             if self._fixed and option != Option.EXPORT_NAME:
                 self._replies.append(messages.error(option, refused))
             else:  # the protocol has no error reply for these (P13, P30)
@@ -265,6 +199,8 @@ class Handshake:
             self._replies.append(messages.ack(option))
             self._finish(Cause.ABORT, "the client sent ABORT")
             return
+        if self._tls is TlsMode.REQUIRE and not self._secure and option != Option.STARTTLS:
+            raise OptionRefused(OptionReply.ERR_TLS_REQD, "this server is for clients that use TLS")
         if self._shutting_down:
             raise OptionRefused(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
         if data is None:
@@ -285,10 +221,20 @@ class Handshake:
             case Option.SET_META_CONTEXT:
                 self._set_meta_context(data)
             case Option.STARTTLS:
-                _require_empty(data)
-                raise OptionRefused(OptionReply.ERR_POLICY, "this server does not offer TLS")
+                self._start_tls(data)
             case _:
                 raise OptionRefused(OptionReply.ERR_UNSUP, f"option {_name(option)} is not supported")
+
+    def _start_tls(self, data: bytes) -> None:
+        _require_empty(data)
+        if self._secure:
+            raise OptionRefused(OptionReply.ERR_INVALID, "TLS is in use already")  # P60
+        if self._tls is TlsMode.OFF:
+            raise OptionRefused(OptionReply.ERR_POLICY, "this server does not offer TLS")
+        if self._buffer:  # an honest client waits for the reply; somebody else may have put this here (P62, R-14)
+            raise ProtocolError(f"{len(self._buffer)} bytes came behind STARTTLS before it was answered")
+        self._replies.append(messages.ack(Option.STARTTLS))
+        self.starting_tls = True
 
     def _export_name(self, data: bytes) -> None:
         export = self._find(messages.decode_text(data))

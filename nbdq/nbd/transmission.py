@@ -27,7 +27,7 @@ from nbdq.nbd.constants import (
     Errno,
     TransmissionFlag,
 )
-from nbdq.nbd.handshake import Negotiated
+from nbdq.nbd.exports import Negotiated
 from nbdq.nbd.messages import bounded_text
 
 #: One request as it is on the wire: magic, operation, cookie, offset, length, where operation is

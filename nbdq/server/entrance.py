@@ -1,14 +1,15 @@
 """The exports as one client sees them: the directory of its handshake.
 
-Whoever does not meet the demands of an export finds no such export, as if it did not exist (P37); who could meet them, but
-is one too many, is told so.
+Whoever does not meet the demands of an export finds no such export, as if it did not exist (P37); who does, but is one
+too many, is told so.
 """
 
 import logging
 from collections.abc import Sequence
 
+from nbdq.errors import printable
 from nbdq.nbd.constants import OptionReply
-from nbdq.nbd.handshake import ExportInfo, Negotiated
+from nbdq.nbd.exports import ExportInfo, Negotiated
 from nbdq.nbd.messages import OptionRefused
 from nbdq.server.export import Export, Exports
 from nbdq.server.peer import Peer

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, TransmissionFlag
-from nbdq.nbd.handshake import ExportInfo
+from nbdq.nbd.exports import ExportInfo
 from nbdq.server.access import Access
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters

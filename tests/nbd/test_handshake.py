@@ -7,7 +7,8 @@ import pytest
 
 from nbdq.errors import ExportError, ProtocolError
 from nbdq.nbd.constants import TransmissionFlag
-from nbdq.nbd.handshake import ExportInfo, Handshake, Negotiated
+from nbdq.nbd.exports import ExportInfo, Negotiated
+from nbdq.nbd.handshake import Handshake
 from tests.nbd.wire import (
     ABORT,
     ACK,

@@ -10,7 +10,7 @@ import pytest
 from nbdq.errors import ProtocolError
 from nbdq.nbd import transmission as wire
 from nbdq.nbd.constants import Errno, TransmissionFlag
-from nbdq.nbd.handshake import ExportInfo, Negotiated
+from nbdq.nbd.exports import ExportInfo, Negotiated
 from nbdq.nbd.transmission import BUFFER_SIZE, RawRequest, Transmission, wire_errno
 from tests.nbd.wire import request
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import TransmissionFlag
-from nbdq.nbd.handshake import ExportInfo, Handshake, Negotiated
+from nbdq.nbd.exports import ExportInfo, Negotiated
+from nbdq.nbd.handshake import Handshake
 
 FIXED = b"\x00\x00\x00\x01"
 NO_ZEROES = b"\x00\x00\x00\x03"

@@ -1,0 +1,98 @@
+"""What clients learn of exports, where the handshake finds them, and what it leads to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nbdq.errors import ExportError, printable
+from nbdq.nbd.constants import DEFAULT_PAYLOAD, MAXIMUM_PAYLOAD, MAXIMUM_STRING, TransmissionFlag
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What a client learns of an export.
+
+    Raises:
+        ExportError: a text or number that the protocol cannot carry or that a client would refuse.
+    """
+
+    name: str
+    size: int
+    """Bytes."""
+    flags: TransmissionFlag
+    """Without SEND_DF, which follows from structured replies."""
+    description: str = ""
+    minimum_block: int = 1
+    preferred_block: int = 4096
+    maximum_block: int = DEFAULT_PAYLOAD
+    """Bytes; READ and WRITE payloads beyond are refused (P128)."""
+    contexts: tuple[str, ...] = ()
+    """Names of the metadata contexts on offer; the position of a name is its context id."""
+
+    def __post_init__(self) -> None:
+        assert TransmissionFlag.SEND_DF not in self.flags
+        for text in (self.name, self.description, *self.contexts):
+            self._check_text(text)
+        if not 0 <= self.size < 1 << 63:
+            raise ExportError(f"export {printable(self.name)}: a size of {self.size} bytes is not within 0 … 2^63 - 1")
+        self._check_blocks()
+
+    def _check_text(self, text: str) -> None:
+        """P2: UTF-8, no NUL, bounded."""
+        try:
+            length = len(text.encode())
+        except UnicodeEncodeError:
+            raise ExportError(f"export {printable(self.name)}: {printable(text)!r} is not valid Unicode") from None
+        if length > MAXIMUM_STRING or "\0" in text:
+            raise ExportError(
+                f"export {printable(self.name)}: {printable(text)!r} has {length} bytes; "
+                f"names and descriptions have at most {MAXIMUM_STRING} and no NUL"
+            )
+
+    def _check_blocks(self) -> None:
+        """P126: what QEMU's client insists on, and no more than we can consume."""
+        minimum, preferred, maximum = self.minimum_block, self.preferred_block, self.maximum_block
+        powers = all(size > 0 and size & (size - 1) == 0 for size in (minimum, preferred))
+        ordered = minimum <= 64 << 10 and max(512, minimum) <= preferred <= maximum <= MAXIMUM_PAYLOAD
+        if not powers or not ordered or maximum % minimum:
+            raise ExportError(
+                f"export {printable(self.name)}: block sizes {minimum}, {preferred}, {maximum} must ascend; minimum "
+                f"a power of two to 64 KiB, preferred a power of two from 512, maximum a multiple of the minimum to "
+                f"{MAXIMUM_PAYLOAD >> 20} MiB"
+            )
+
+    def wire_flags(self, *, structured: bool) -> TransmissionFlag:
+        """The transmission flags as a client sees them (1.6): DF exactly when structured replies are agreed."""
+        flags = self.flags | TransmissionFlag.HAS_FLAGS
+        return flags | TransmissionFlag.SEND_DF if structured else flags
+
+
+class ExportDirectory(Protocol):
+    """Where the handshake looks exports up. Neither call may block or open anything (R-07, P36)."""
+
+    def list(self) -> Sequence[ExportInfo]:
+        """The exports that a client may see (P32)."""
+        ...
+
+    def find(self, name: str) -> ExportInfo | None:
+        """The export of exactly that name; the empty name asks for the default export (P31).
+
+        Raises:
+            OptionRefused: there is one, but not for this client, or not now (P37).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Negotiated:
+    """What the two sides agreed on; it holds for the whole transmission phase."""
+
+    export: ExportInfo
+    structured: bool
+    contexts: tuple[tuple[int, str], ...]
+    """(id, name) of every selected metadata context; not empty only with structured replies."""
+
+    @property
+    def flags(self) -> TransmissionFlag:
+        """The transmission flags that the client was told."""
+        return self.export.wire_flags(structured=self.structured)
