@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nbdq.cli": {
         *("nbdq", "nbdq.server", "nbdq.admin", "nbdq.ops", "nbdq.chain", "nbdq.qcow2"),
         *("nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"),
-        "nbdq.nbd.constants",  # the number of the port; only the server speaks NBD
+        *("nbdq.client", "nbdq.probe", "nbdq.nbd.uri"),
+        "nbdq.nbd.constants",  # the number of the port; only the server and the client speak NBD
     },
     "nbdq.admin": {
         *("nbdq", "nbdq.server", "nbdq.ops", "nbdq.chain", "nbdq.qcow2"),
@@ -31,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "nbdq.nbd.constants",  # names of metadata contexts, to tell backup programs
     },
     "nbdq.server": {"nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
+    "nbdq.client": {"nbdq.nbd.constants", "nbdq.nbd.uri", "nbdq.errors"},  # never the server's side of the protocol
+    "nbdq.probe": {"nbdq.client", "nbdq.nbd.constants", "nbdq.nbd.uri", "nbdq.errors"},
     "nbdq.ops": {"nbdq.chain", "nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     "nbdq.chain": {"nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
     # The two cores never meet.
@@ -79,8 +82,9 @@ RESERVED: dict[str, set[str]] = {
     "asyncio": SHELL,
     "selectors": SHELL,
     "signal": SHELL,
-    "socket": SHELL,
-    "ssl": SHELL,
+    "select": {"nbdq.client"},
+    "socket": SHELL | {"nbdq.client"},
+    "ssl": SHELL | {"nbdq.client"},
     "uvloop": SHELL,
     "click": {"nbdq.cli"},
     "logging": SHELL | {"nbdq.ops"},
@@ -101,7 +105,7 @@ RESERVED: dict[str, set[str]] = {
             "nbdq.ops.snapshot",
             "nbdq.ops.repoint",
             "nbdq.ops.merge_back",
-            *SHELL,
+            *("nbdq.client", *SHELL),
         ),
     },
     "stat": {"nbdq.storage", "nbdq.chain.policy", "nbdq.chain.create", "nbdq.ops.preflight", *SHELL},
