@@ -20,8 +20,8 @@ _MAPPED = IPv6Network("::ffff:0:0/96")
 class Access:
     """What an export demands of a client. All demands must be met; without any, everybody is let in.
 
-    ``networks`` are for TCP clients, ``users`` and ``groups`` for those on unix sockets. If there are demands for one kind
-    only, no client of the other kind is let in.
+    ``networks`` are for TCP clients, ``users`` and ``groups`` for those on unix sockets. If there are demands for one
+    kind only, no client of the other kind is let in.
     """
 
     tls: bool = False
@@ -46,8 +46,8 @@ class Access:
         users: Iterable[str | int] | None = None,
         groups: Iterable[str | int] | None = None,
     ) -> "Access":
-        """The demands as an operator writes them: networks as ``10.0.0.0/8`` or single addresses, users and groups by
-        name or number. None is no demand.
+        """The demands as an operator writes them: networks as ``10.0.0.0/8`` or single addresses, users and groups
+        by name or number. None is no demand.
 
         Raises:
             ExportError: a word means nothing, or a list is empty, which could be meant as everybody or nobody.
