@@ -68,8 +68,8 @@ class Handshake:
         self.ending: Ending | None = None
         """Why ``finished``."""
         self.starting_tls = False
-        """The replies of that call to :meth:`receive` are the last in the clear: once they are sent TLS begins, and when
-        that stands :meth:`secured` is called, before anything else."""
+        """The replies of that call to :meth:`receive` are the last in the clear: once they are sent TLS begins, and
+        when that stands :meth:`secured` is called, before anything else."""
         self.leftover = b""
         """What was received behind the handshake, set with ``negotiated``: the start of transmission."""
 

@@ -95,20 +95,23 @@ def _invalid(text: str, what: str) -> ExportError:
     return ExportError(f"'{printable(text)}' is not the URI of an NBD export: {what}")
 
 
-def tcp_uri(name: str, host: str, port: int = DEFAULT_PORT) -> str:
-    """The URI of export ``name`` on a TCP listener; ``host`` is a name or an address as a client would dial it."""
+def tcp_uri(name: str, host: str, port: int = DEFAULT_PORT, *, secure: bool = False) -> str:
+    """The URI of export ``name`` on a TCP listener, with TLS if ``secure``; ``host`` is a name or an address as a client
+    would dial it."""
     authority = (
         f"[{quote(host, safe=':')}]" if ":" in host else quote(host)
     )  # IPv6 in brackets, zone escaped (RFC 6874)
     if port != DEFAULT_PORT:
         authority += f":{port}"
-    return f"nbd://{authority}/{quote(name)}"
+    return f"{'nbds' if secure else 'nbd'}://{authority}/{quote(name)}"
 
 
-def unix_uri(name: str, socket_path: str) -> str:
-    """The URI of export ``name`` on a unix socket; an abstract one begins with a NUL, which becomes ``%00``.
+def unix_uri(name: str, socket_path: str, *, secure: bool = False) -> str:
+    """The URI of export ``name`` on a unix socket, with TLS if ``secure``; an abstract socket begins with a NUL, which
+    becomes ``%00``.
 
     ``socket_path`` should be absolute: a client resolves it in its own directory. Bytes that are no UTF-8 may be in it
     as surrogate escapes, as Python's file functions deliver them.
     """
-    return f"nbd+unix:///{quote(name)}?socket={quote(socket_path, errors='surrogateescape')}"
+    scheme = "nbds+unix" if secure else "nbd+unix"
+    return f"{scheme}:///{quote(name)}?socket={quote(socket_path, errors='surrogateescape')}"

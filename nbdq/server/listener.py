@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 
 from nbdq.errors import ExportError, printable
+from nbdq.nbd.handshake import TlsMode
 from nbdq.nbd.uri import tcp_uri, unix_uri
 
 _log = logging.getLogger(__name__)
@@ -26,22 +27,26 @@ _UNIX_SEND_BUFFER = 2 << 20
 class Listener:
     """A socket that listens. Owns it, and a unix socket's file if it made that, until :meth:`close`."""
 
-    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+    def __init__(self, sock: socket.socket, path: str | None = None, *, tls: TlsMode = TlsMode.OFF) -> None:
         """``path``: of the file that is to be removed in the end; None for sockets without one, and for those that
         whoever started us goes on to own."""
         sock.setblocking(False)
         self.socket = sock
+        self.tls = tls
+        """What its clients may and must do (P64)."""
         self._wanted = True
         self._retry: asyncio.TimerHandle | None = None  # while accepting pauses after a failure
         self._path = path
         self._identity = _identity(path) if path else None
 
     def uri(self, export_name: str) -> str:
-        """Where a client finds an export through this listener (U1)."""
+        """Where a client finds an export through this listener (U1); with TLS if that is on offer, as that leads to every
+        export."""
+        secure = self.tls is not TlsMode.OFF
         if (path := self.path) is not None:
-            return unix_uri(export_name, path)
+            return unix_uri(export_name, path, secure=secure)
         host, port = self.socket.getsockname()[:2]
-        return tcp_uri(export_name, host, port)
+        return tcp_uri(export_name, host, port, secure=secure)
 
     @property
     def path(self) -> str | None:
@@ -138,7 +143,7 @@ def _prepare(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def listen_unix(path: str, *, mode: int = 0o600) -> Listener:
+def listen_unix(path: str, *, mode: int = 0o600, tls: TlsMode = TlsMode.OFF) -> Listener:
     """Listen on a unix socket that only ``mode`` may use, from its first moment (R-41).
 
     A socket file that nobody listens on is replaced (R-42).
@@ -155,7 +160,7 @@ def listen_unix(path: str, *, mode: int = 0o600) -> Listener:
         finally:
             os.umask(before)
         sock.listen(_BACKLOG)
-        return Listener(sock, path)
+        return Listener(sock, path, tls=tls)
     except OSError as error:
         sock.close()
         raise ExportError(f"cannot listen on {printable(path)}: {error.strerror or error}") from None
@@ -182,7 +187,7 @@ def _remove_stale(path: str) -> None:
     raise ExportError(f"cannot listen on {printable(path)}: another server listens there; stop it or choose a path")
 
 
-def listen_tcp(host: str, port: int) -> list[Listener]:
+def listen_tcp(host: str, port: int, *, tls: TlsMode = TlsMode.OFF) -> list[Listener]:
     """Listen on every address of ``host``; port 0 lets the system choose.
 
     Raises:
@@ -193,7 +198,7 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in dict.fromkeys(found):  # a hosts file may say the same twice
             sock = socket.socket(family, kind, protocol)
-            listeners.append(Listener(sock))
+            listeners.append(Listener(sock, tls=tls))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
