@@ -1,6 +1,9 @@
 """Every limit and deadline of the server, with its reason. Sizes in bytes, times in seconds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nbdq.errors import ExportError
 
 #: Replies of one batch are assembled in an arena of this size.
 ARENA_SIZE = 256 << 10
@@ -18,27 +21,67 @@ CUT_SECONDS = 10.0
 STATUS_EXTENTS = 64 << 10
 
 
+def _limit(default: Any, reason: str, *, least: float = 0) -> Any:
+    return field(default=default, metadata={"reason": reason, "least": least})
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits that an operator may change."""
+    """Limits that an operator may change, each with its reason in its metadata, which ``nbdq serve --limit help`` shows.
 
-    handshake_seconds: float = 10.0
-    """From accept to the transmission phase; not extended by progress (R-01)."""
-    pending_handshakes: int = 64
-    connections: int = 1024
-    """All connections of the process, those that still negotiate included."""
-    connection_bytes: int = 32 << 20
-    """Memory for replies and payloads of one connection; a single larger request runs alone."""
-    process_bytes: int = 256 << 20
-    """The same for all connections together."""
-    inflated_bytes: int = 64 << 20
-    """Inflated clusters kept for all disks."""
-    index_bytes: int = 64 << 20
-    """Windows of the chain indexes of all disks, in equal shares."""
-    drain_seconds: float = 30.0
-    """From SIGTERM until connections that are still busy are cut."""
-    reply_stall_seconds: float = 300.0
-    """A client that takes not one byte of a waiting reply for so long is cut, and so is one that sends not one of a
-    payload for which memory is held."""
-    workers: int = 4
-    """Threads for everything that can wait for a disk or a decompressor."""
+    A 0 is no limit, where it is allowed. Names end in the unit; counts have none.
+    """
+
+    # Who gets in.
+    handshake_seconds: float = _limit(10.0, "from accept to the end of the handshake, TLS included, whatever comes")
+    pending_handshakes: int = _limit(
+        64, "clients that negotiate at once; above, the oldest of whoever has most is dropped after a second", least=1
+    )
+    connections: int = _limit(1024, "clients that use exports, all together; more are told so", least=1)
+    export_connections: int = _limit(128, "clients of one export, unless it has a number of its own; more are told so")
+    peer_connections: int = _limit(
+        64,
+        "clients from one address (IPv6: one /64) or of one user; nbdcopy and Linux open up to 16 each; more are told so",
+    )
+    tls_connections: int = _limit(256, "clients under TLS, which cost more memory and time; more are refused TLS")
+    options: int = _limit(32, "options of one handshake, and as many again for each export that is listed", least=1)
+
+    # What a client may hold.
+    requests: int = _limit(
+        128, "requests of one connection in progress, as many as Linux sends; then it is not read for a while", least=1
+    )
+    connection_bytes: int = _limit(
+        32 << 20, "memory for replies and payloads of one connection; a single larger request runs alone", least=1
+    )
+    process_bytes: int = _limit(256 << 20, "the same for all connections together", least=1)
+    status_extents: int = _limit(64 << 10, "extents of one block status reply, where the protocol allows 2^20", least=1)
+    status_seconds: float = _limit(
+        0.05, "work for one block status reply; then it tells of less than was asked for, as the protocol allows"
+    )
+
+    # Who does not go on.
+    reply_stall_seconds: float = _limit(300.0, "a client that takes not one byte of a waiting reply for so long is cut")
+    payload_stall_seconds: float = _limit(60.0, "a client that sends not one byte of the rest of a WRITE is cut")
+    user_timeout_seconds: float = _limit(
+        120.0,
+        "TCP: data that for so long is not acknowledged, or finds no window, ends a connection",
+    )
+    keepalive_seconds: float = _limit(60.0, "TCP: silence after which the kernel asks whether the client is there")
+    keepalive_interval_seconds: float = _limit(10.0, "TCP: between such questions", least=1)
+    keepalive_probes: int = _limit(6, "TCP: questions without an answer until the client counts as gone", least=1)
+    drain_seconds: float = _limit(30.0, "from SIGTERM until connections that are still busy are cut")
+
+    # What the process uses.
+    inflated_bytes: int = _limit(64 << 20, "inflated clusters kept for all disks")
+    index_bytes: int = _limit(64 << 20, "windows of the chain indexes of all disks, in equal shares", least=1)
+    workers: int = _limit(4, "threads for everything that can wait for a disk or a decompressor", least=1)
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: a limit is less than makes sense.
+        """
+        for limit in fields(self):
+            least = limit.metadata["least"]
+            if getattr(self, limit.name) < least:
+                raise ExportError(f"limit {limit.name}: {getattr(self, limit.name)} is less than {least}")
