@@ -96,8 +96,8 @@ def _invalid(text: str, what: str) -> ExportError:
 
 
 def tcp_uri(name: str, host: str, port: int = DEFAULT_PORT, *, secure: bool = False) -> str:
-    """The URI of export ``name`` on a TCP listener, with TLS if ``secure``; ``host`` is a name or an address as a client
-    would dial it."""
+    """The URI of export ``name`` on a TCP listener, with TLS if ``secure``; ``host`` is a name or an address as a
+    client would dial it."""
     authority = (
         f"[{quote(host, safe=':')}]" if ":" in host else quote(host)
     )  # IPv6 in brackets, zone escaped (RFC 6874)

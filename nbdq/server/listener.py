@@ -40,8 +40,8 @@ class Listener:
         self._identity = _identity(path) if path else None
 
     def uri(self, export_name: str) -> str:
-        """Where a client finds an export through this listener (U1); with TLS if that is on offer, as that leads to every
-        export."""
+        """Where a client finds an export through this listener (U1); with TLS if that is on offer, which leads to
+        every export."""
         secure = self.tls is not TlsMode.OFF
         if (path := self.path) is not None:
             return unix_uri(export_name, path, secure=secure)
