@@ -40,7 +40,7 @@ def run(settings: Settings) -> None:
     with (
         closing(open_administration(settings.admin)) as administrators,
         open_volumes(
-            settings.exports,
+            settings.export,
             exports,
             clusters=clusters,
             top_of=administrators.top_of,
@@ -48,7 +48,7 @@ def run(settings: Settings) -> None:
         ) as volumes,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(_serve(settings, exports, volumes, administrators, _listen(settings.listeners)))
+        runner.run(_serve(settings, exports, volumes, administrators, _listen(settings.listen)))
 
 
 def _listen(places: tuple[ListenSettings, ...]) -> list[Listener]:
@@ -82,7 +82,7 @@ async def _serve(
         await administrators.start(volumes, exports, stop.set)
         try:
             server.start()
-            with _process_id_in(settings.pid_file):
+            with _process_id_in(settings.server.pid_file):
                 for listener in listeners:
                     for name in exports.by_name:
                         print(listener.uri(name), flush=True)

@@ -9,7 +9,7 @@ import click
 from nbdq.cli.administration import admin_settings, administration_options
 from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
 from nbdq.cli.running import run
-from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
+from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, ServerSettings, Settings
 from nbdq.cli.volumes import export_names, one_each
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.writing import DetectZeroes
@@ -102,11 +102,11 @@ def serve_command(images: tuple[str, ...], pid_file: str | None, persistent: boo
     """
     run(
         Settings(
-            listeners=_from(listeners, options),
-            exports=_from(exports, {**options, "images": images}),
+            listen=_from(listeners, options),
+            export=_from(exports, {**options, "images": images}),
             admin=_from(admin_settings, options),
             log=_from(log_settings, options),
-            pid_file=pid_file,
+            server=ServerSettings(pid_file),
         )
     )
 

@@ -77,13 +77,20 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A server."""
+class ServerSettings:
+    """The process."""
 
-    listeners: tuple[ListenSettings, ...] = (ListenSettings(),)
-    exports: tuple[ExportSettings, ...] = ()
+    pid_file: str | None = None
+    """Where the process id is, while clients can connect."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server; each field is a section."""
+
+    listen: tuple[ListenSettings, ...] = (ListenSettings(),)
+    export: tuple[ExportSettings, ...] = ()
     admin: AdminSettings = field(default_factory=AdminSettings)
     limits: Limits = field(default_factory=Limits)
     log: LogSettings = field(default_factory=LogSettings)
-    pid_file: str | None = None
-    """Where the process id is, while clients can connect."""
+    server: ServerSettings = field(default_factory=ServerSettings)
