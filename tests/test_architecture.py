@@ -31,7 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"),
         "nbdq.nbd.constants",  # names of metadata contexts, to tell backup programs
     },
-    "nbdq.server": {"nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
+    "nbdq.server": {
+        *("nbdq.nbd", "nbdq.ops", "nbdq.chain", "nbdq.pool", "nbdq.durations"),
+        *("nbdq.block", "nbdq.storage", "nbdq.errors"),
+    },
     "nbdq.client": {"nbdq.nbd.constants", "nbdq.nbd.uri", "nbdq.errors"},  # never the server's side of the protocol
     "nbdq.probe": {"nbdq.client", "nbdq.nbd.constants", "nbdq.nbd.uri", "nbdq.errors"},
     "nbdq.ops": {"nbdq.chain", "nbdq.qcow2", "nbdq.locks", "nbdq.pool", "nbdq.block", "nbdq.storage", "nbdq.errors"},
@@ -46,8 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nbdq.nbd": {"nbdq.errors"},
     "nbdq.block": {"nbdq.storage", "nbdq.errors"},
     "nbdq.locks": {"nbdq.errors"},
+    "nbdq.durations": set(),
     "nbdq.pool": set(),
-    "nbdq.storage": {"nbdq.errors"},
+    "nbdq.storage": {"nbdq.durations", "nbdq.errors"},
     "nbdq.errors": set(),
 }
 

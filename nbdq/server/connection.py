@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 
 from nbdq.errors import ProtocolError
+from nbdq.nbd.constants import Command
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.handshake import Handshake
 from nbdq.nbd.transmission import Transmission
@@ -15,6 +16,7 @@ from nbdq.server.entrance import Entrance
 from nbdq.server.export import Export, Exports
 from nbdq.server.output import Output
 from nbdq.server.peer import Peer
+from nbdq.server.peer_log import PeerLog
 from nbdq.server.resources import Resources
 from nbdq.server.session import Session
 
@@ -40,7 +42,9 @@ class Connection:
         on_close: Callable[["Connection"], None],
     ) -> None:
         """Take ownership of ``sock``; ``on_negotiated`` is called when transmission begins, ``on_close`` once."""
-        self._peer = peer
+        self._log = PeerLog(_log, peer)
+        self._begun = resources.loop.time()
+        self._heard = False  # it has said something
         self._socket = sock
         self._exports = exports
         self._resources = resources
@@ -97,6 +101,7 @@ class Connection:
         if not data:
             self._close(Ending(Cause.CLOSED, "client left during the handshake"))
             return True
+        self._heard = True
         try:
             replies = self._handshake.receive(data)
         except ProtocolError as error:
@@ -142,13 +147,15 @@ class Connection:
             return
         self._exports.enter(export, self)
         self._export = export
-        _log.info("%s: export %r, contexts %s", self._peer, export.info.name, [name for _, name in negotiated.contexts])
+        self._log.export = export.id
+        self._log.debug("export %r, contexts %s", export.info.name, [name for _, name in negotiated.contexts])
         self._session = Session(
             self._socket,
             Transmission(negotiated, self._resources.receive_buffer),
             export,
             self._resources,
             on_end=self._hang_up,
+            log=self._log,
         )
         self._session.start(bytes(self._handshake.leftover))
 
@@ -185,12 +192,27 @@ class Connection:
             return
         self._closed = True
         self._deadline.cancel()
-        if self._export is not None:
-            self._exports.leave(self._export, self)
         if self._session is not None:
             self._session.abandon()
+        if self._export is not None:
+            self._exports.leave(self._export, self)
         self._resources.loop.remove_reader(self._socket.fileno())
         self._resources.loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        _log.log(logging.INFO if self._session else logging.DEBUG, "%s: closed: %s", self._peer, ending.text)
+        self._resources.visits.ended(ending.cause, served=self._session is not None)
+        self._tell(ending)
         self._on_close(self)
+
+    def _tell(self, ending: Ending) -> None:
+        """The one line about a connection; one that said nothing was a look whether somebody listens (P15)."""
+        seconds = self._resources.loop.time() - self._begun
+        fields: dict[str, object] = {"event": "closed", "cause": ending.cause, "duration": round(seconds, 3)}
+        if self._session is None:
+            level = logging.INFO if self._heard or ending.cause is Cause.HANDSHAKE_TIMEOUT else logging.DEBUG
+            self._log.log(level, "no export within %.1f s: %s", seconds, ending.text, fields=fields)
+            return
+        done = self._session.counters
+        read, written = done.bytes_done(Command.READ), done.bytes_done(Command.WRITE)
+        fields |= {"requests": done.requests, "read": read, "written": written}
+        text = "export %r for %.1f s: %d requests, %d bytes read, %d written: %s"
+        self._log.info(text, self._log.export, seconds, done.requests, read, written, ending.text, fields=fields)

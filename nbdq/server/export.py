@@ -11,7 +11,7 @@ from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, 
 from nbdq.nbd.exports import ExportInfo
 from nbdq.server.access import Access
 from nbdq.server.contexts import DirtyBitmap
-from nbdq.server.counters import Counters
+from nbdq.server.counters import Account
 from nbdq.server.gate import Gate
 from nbdq.server.limits import CUT_SECONDS
 from nbdq.server.pause import Pause
@@ -67,7 +67,8 @@ class Export:
     """What the operator calls it; the name, unless he says otherwise."""
     gate: Gate = field(default_factory=Gate)
     """That of the disk, which exports may share."""
-    counters: Counters = field(default_factory=Counters)
+    account: Account = field(default_factory=Account)
+    """What its clients have done."""
     clients: set[Client] = field(default_factory=set)
     access: Access = field(default_factory=Access)
     """What new clients have to be or to prove; those that are there stay."""

@@ -27,7 +27,8 @@ _STRETCH_BITS = 16
 #: Requests of one client that wait at once, lest others wait behind them; as many as Linux has on its way at once.
 _IN_PROGRESS_MAX = 128
 
-_Job = tuple[RawRequest, memoryview | None]
+#: A request, its payload, and the moment when it was admitted.
+_Job = tuple[RawRequest, memoryview | None, float]
 
 
 class Pending:
@@ -45,7 +46,7 @@ class Pending:
         """On the loop thread, ``on_replies`` is called when there are :meth:`replies`, and ``on_memory`` when it is
         time to ask again for what was refused for want of memory."""
         self._writing = export.writing
-        self._counters = export.counters
+        self._counters = performer.counters
         self._performer = performer
         self._resources = resources
         self._on_replies = on_replies
@@ -57,7 +58,7 @@ class Pending:
         self.payload = 0
         """Bytes reserved for a payload that is being received, or whose request waits to be served."""
         self._admitted: list[_Job] = []  # about to go to the pool
-        self._replies: deque[tuple[RawRequest, list[Piece] | None]] = deque()
+        self._replies: deque[tuple[RawRequest, float, list[Piece] | None]] = deque()
         self._woken = False  # the loop has been told of replies
         self._abandoned = False
         self._reserved = 0  # bytes taken from the budget for requests and replies …
@@ -125,12 +126,13 @@ class Pending:
         self.in_progress += 1
         if changes:
             self.changing[offset] = offset + length
+        begun = monotonic()
         if command == Command.FLUSH or (inline and payload is not None and self._write_at_once(request, payload)):
-            self._commit(request)
+            self._commit(request, begun)
         else:
             if payload is not None and payload.obj is self._resources.receive_buffer:
                 payload = memoryview(bytes(payload))
-            self._admitted.append((request, payload))
+            self._admitted.append((request, payload, begun))
         return True
 
     def _reserve_for(self, request: RawRequest) -> bool:
@@ -152,15 +154,14 @@ class Pending:
         except OSError:
             return False  # the pool meets the same error, and answers it
 
-    def _commit(self, request: RawRequest) -> None:
+    def _commit(self, request: RawRequest, begun: float) -> None:
         assert self._writing is not None
-        self._writing.commits.join(partial(self._committed, request), self._resources)
+        self._writing.commits.join(partial(self._committed, request, begun), self._resources)
 
-    def _committed(self, request: RawRequest, failure: Exception | None) -> None:
+    def _committed(self, request: RawRequest, begun: float, failure: Exception | None) -> None:
         performer = self._performer
-        self._replies.append(
-            (request, performer.success(request) if failure is None else performer.failure(request, failure))
-        )
+        pieces = performer.success(request) if failure is None else performer.failure(request, failure)
+        self._replies.append((request, begun, pieces))
         if not self._woken:
             self._woken = True
             self._resources.loop.call_soon(self._on_replies)
@@ -176,14 +177,14 @@ class Pending:
 
     def _work(self, jobs: list[_Job]) -> None:
         """Pool thread: answer each request; the loop is woken once for all replies that it has not seen yet."""
-        for request, payload in jobs:
+        for request, payload, admitted in jobs:
             if self._abandoned:
-                self._replies.append((request, []))
+                self._replies.append((request, admitted, []))
             elif payload is None or self._writing is None:
-                self._replies.append((request, self._performer.perform(request, None)))
+                self._replies.append((request, admitted, self._performer.perform(request, None)))
             else:
                 begun = monotonic()
-                self._replies.append((request, self._performer.perform(request, payload)))
+                self._replies.append((request, admitted, self._performer.perform(request, payload)))
                 self._writing.pace.pooled(begun, monotonic())
         if not self._woken:
             self._woken = True
@@ -195,18 +196,19 @@ class Pending:
     def replies(self) -> Iterator[list[Piece]]:
         """Take the replies that are there; their memory stays reserved until :meth:`output_is_empty`."""
         self._woken = False  # before looking: what is appended from now on wakes the loop anew
+        now = monotonic()
         while self._replies:
-            request, pieces = self._replies.popleft()
+            request, begun, pieces = self._replies.popleft()
             operation = request[1]
             if pieces is None:
                 if operation & _FUA and not self._abandoned:
-                    self._commit(request)
+                    self._commit(request, begun)
                     continue
                 pieces = self._performer.success(request)
             command = operation & COMMAND_MASK
             if command in CHANGES:
                 del self.changing[request[3]]
-            self._counters.done(command, 1, request[4] if command != Command.FLUSH else 0)
+            self._counters.done(command, 1, request[4] if command != Command.FLUSH else 0, now - begun)
             self.in_progress -= 1
             self._answered += self._performer.charge(request)
             if not self._abandoned:
@@ -217,7 +219,7 @@ class Pending:
         self._abandoned = True
         self._resources.budget.forget(self._on_memory)
         self.payload_done()
-        self._answered += sum(self._performer.charge(request) for request, _ in self._admitted)
+        self._answered += sum(self._performer.charge(request) for request, _, _ in self._admitted)
         self.in_progress -= len(self._admitted)
         self._admitted = []
         self.output_is_empty()

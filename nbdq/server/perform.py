@@ -1,6 +1,7 @@
 """Carrying out one request: from a request to its whole reply. Any thread, unless a method says otherwise."""
 
 import logging
+from time import monotonic
 
 from nbdq.block import Piece
 from nbdq.nbd.constants import Command, CommandFlag, Errno
@@ -16,8 +17,10 @@ from nbdq.nbd.transmission import (
     wire_errno,
 )
 from nbdq.server.contexts import encode_context
+from nbdq.server.counters import Counters
 from nbdq.server.export import Export
 from nbdq.server.limits import SENDFILE_LENGTH, STATUS_EXTENTS
+from nbdq.server.peer_log import PeerLog
 
 _log = logging.getLogger(__name__)
 
@@ -29,9 +32,12 @@ CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 class Performer:
     """What one client asks of one export, in the form of replies that were negotiated."""
 
-    def __init__(self, export: Export, transmission: Transmission) -> None:
+    def __init__(self, export: Export, transmission: Transmission, counters: Counters, log: PeerLog) -> None:
         self._export = export  # whose device is looked up each time, for it may be exchanged
         self._transmission = transmission
+        self.counters = counters
+        """What the client has done."""
+        self._log = log.of(_log)
         structured = transmission.negotiated.structured
         self.pack_header = pack_data_chunk if structured else pack_simple_reply
         self.header_size = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
@@ -55,9 +61,10 @@ class Performer:
         _, operation, cookie, offset, length = request
         command = operation & COMMAND_MASK
         export, transmission = self._export, self._transmission
+        begun = monotonic()
         refusal = transmission.refusal(operation, offset, length)
         if refusal is not None:
-            export.counters.refused(command)
+            self.counters.refused(command)
             return transmission.error_reply(cookie, refusal.errno, refusal.text)
         reply = None
         if command == Command.FLUSH:
@@ -68,7 +75,7 @@ class Performer:
         elif command == Command.BLOCK_STATUS and export.device.status_cached(offset, length):
             reply = self.status_or_error(request)
         if reply is not None:
-            export.counters.done(command, 1, length)
+            self.counters.done(command, 1, length, monotonic() - begun)
         return reply
 
     def perform(self, request: RawRequest, payload: memoryview | None) -> list[Piece] | None:
@@ -141,12 +148,12 @@ class Performer:
         """What a client is told of a failure; the log gets what it must not see, such as paths (P121)."""
         _, operation, cookie, offset, length = request
         command = operation & COMMAND_MASK
-        self._export.counters.failed(command, length if command != Command.FLUSH else 0)
+        self.counters.failed(command, length if command != Command.FLUSH else 0)
         name = Command(command).name
         if isinstance(error, OSError):
             number = wire_errno(error, fast_zero=bool(operation >> 16 & CommandFlag.FAST_ZERO))
             if number is not Errno.ENOTSUP:  # which is what a FAST_ZERO wants to know
-                _log.warning("%s of %d bytes at %d: %s", name, length, offset, error)
+                self._log.warning("%s of %d bytes at %d: %s", name, length, offset, error)
             return self._transmission.error_reply(cookie, number, error.strerror or "I/O error")
-        _log.error("%s of %d bytes at %d", name, length, offset, exc_info=error)
+        self._log.error("%s of %d bytes at %d", name, length, offset, exc_info=error)
         return self._transmission.error_reply(cookie, Errno.EIO, "internal error")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from nbdq.nbd.transmission import BUFFER_SIZE
 from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
+from nbdq.server.counters import Visits
 from nbdq.server.limits import ARENA_SIZE, ARENAS_KEPT, Limits
 
 
@@ -19,6 +20,7 @@ class Resources:
     budget: Budget
     receive_buffer: bytearray = field(default_factory=lambda: bytearray(BUFFER_SIZE))
     """Every session is done with what it received, or has copied it, before the next one receives."""
+    visits: Visits = field(default_factory=Visits)
     _arenas: list[bytearray] = field(default_factory=list)
 
     def borrow_arena(self) -> bytearray:

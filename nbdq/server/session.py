@@ -29,6 +29,7 @@ from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
 from nbdq.server.output import Output
 from nbdq.server.pace import BATCH_SECONDS
 from nbdq.server.payload import PayloadMemory
+from nbdq.server.peer_log import PeerLog
 from nbdq.server.pending import Pending
 from nbdq.server.perform import COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
@@ -60,6 +61,7 @@ class Session:
         export: Export,
         resources: Resources,
         on_end: Callable[[Ending], None],
+        log: PeerLog,
     ) -> None:
         """``sock`` is non-blocking and stays the caller's; ``on_end`` is called once, unless
         :meth:`abandon` came first."""
@@ -69,7 +71,10 @@ class Session:
         self._may_write = TransmissionFlag.READ_ONLY not in transmission.negotiated.flags
         self._resources = resources
         self._on_end = on_end
-        self._performer = Performer(export, transmission)
+        self._log = log.of(_log)
+        self.counters = export.account.open()
+        """What the client has done."""
+        self._performer = Performer(export, transmission, self.counters, log)
         self._pending = Pending(
             export,
             self._performer,
@@ -128,15 +133,19 @@ class Session:
         self._output.clear()
         self._arena = None  # what the output pointed into goes with us
         self._pending.abandon()
+        self._leave_if_quiet()
+
+    def _leave_if_quiet(self) -> None:
         if self.is_quiet:
             self.export.gate.leave(self)
+            self.export.account.close(self.counters)
 
     def _guard(self, callback: Callable[[], None]) -> None:
         """Run a callback of the loop; a bug in it ends this connection, and leaves nothing hanging (R-10)."""
         try:
             callback()
         except Exception:
-            _log.exception("a connection ends for a bug")
+            self._log.exception("the connection ends for a bug")
             self._end(Ending(Cause.BUG, "internal error"))
 
     # The gate's side.
@@ -337,7 +346,7 @@ class Session:
                     )
                 except OSError as error:
                     reply = performer.error_reply(request, error)
-                    self.export.counters.done(_WRITE, 1, length)
+                    self.counters.done(_WRITE, 1, length, monotonic() - begun)
                 else:
                     if is_written:
                         written += length
@@ -378,9 +387,12 @@ class Session:
         writes = payload_count - len(payloads) - slow_writes
         reads = count - len(backlog) - slow - writes
         length = position - reads * header_size - writes * success_size + gathered - slow_replies
-        self.export.counters.done(_READ, reads, length)
-        self.export.counters.done(_WRITE, writes, written)
         self._flush()
+        seconds = monotonic() - begun
+        if reads:
+            self.counters.done(_READ, reads, length, seconds)
+        if writes:
+            self.counters.done(_WRITE, writes, written, seconds)
         return admitted
 
     def _serve_again(self) -> None:
@@ -399,8 +411,7 @@ class Session:
             self._output.extend(pieces)
         if self._ended:
             self._pending.output_is_empty()
-            if self.is_quiet:
-                self.export.gate.leave(self)
+            self._leave_if_quiet()
             return
         if self._held and self.is_quiet:
             self.export.gate.became_quiet()

@@ -238,7 +238,7 @@ class Volume:
 
     def _forget(self, export: Export) -> None:
         del self._shown[export.id]
-        self._retired.add(export.counters)
+        self._retired.add(export.account.total)
 
     # Numbers.
 
@@ -247,7 +247,7 @@ class Volume:
         total = Counters()
         total.add(self._retired)
         for export in self.exports:
-            total.add(export.counters)
+            total.add(export.account.total)
         return total
 
 

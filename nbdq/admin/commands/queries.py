@@ -117,7 +117,7 @@ async def query_stats(context: Context, arguments: StatsRequest) -> Reply:
             "node-name": volume.name,
             "stats": _stats(volume, volume.counters(), in_flight=volume.gate.in_progress()),
             "x-nbdq-exports": {
-                export.id: _stats(volume, export.counters, in_flight=volume.gate.in_progress(export))
+                export.id: _stats(volume, export.account.total, in_flight=volume.gate.in_progress(export))
                 | {"x-nbdq-clients": len(export.clients)}
                 for export in volume.exports
             },
