@@ -41,8 +41,8 @@ class Notifier:
         return cls(address, int(microseconds) / 1e6 if wanted else 0.0)
 
     def start(self, describe: Callable[[], str]) -> None:
-        """Clients can connect. From now on the event loop says that it is alive, so that one which hangs is noticed, and
-        what ``describe`` returns, a line for ``systemctl status``, whenever that has changed."""
+        """Clients can connect. From now on the event loop says that it is alive, so that a manager notices if it hangs,
+        and what ``describe`` returns, a line for ``systemctl status``, whenever that has changed."""
         self._describe = describe
         self._send("READY=1", f"STATUS={describe()}")
         if self._address:

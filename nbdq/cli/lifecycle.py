@@ -1,0 +1,165 @@
+"""The options of ``nbdq serve`` about the process itself: how it begins, who hears of that, and how it ends."""
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import click
+
+from nbdq.errors import ExportError, printable
+
+_log = logging.getLogger(__name__)
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The process."""
+
+    pid_file: str | None = None
+    """Where the process id is, while clients can connect."""
+    on_stop: Literal["close", "refuse"] = "close"
+    """What becomes of clients when the server stops. ``close``: their connections are closed when everything accepted
+    is answered, so that those who connect again lose nothing. ``refuse``: the server will not come back, and answers
+    what they still ask for with ESHUTDOWN, until they have left (P99)."""
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """What holds for one start of a server only, and so is nothing for the configuration file."""
+
+    fork: bool = False
+    """Go on in the background when clients can connect."""
+    ready_fd: int | None = None
+    """A descriptor that gets a newline, and is closed, when clients can connect."""
+    run: str | None = None
+    """A shell command to serve; the server ends with it (captive mode)."""
+    print_uri: bool | None = None
+    """None: unless the output belongs to somebody else, the command or whoever opened our sockets."""
+
+
+def lifecycle_options(function: _Function) -> _Function:
+    """The options that :func:`server_settings` and :func:`start_settings` take."""
+    for option in reversed(
+        (
+            click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect."),
+            click.option("--fork", is_flag=True, help="Return when clients can connect, and serve in the background."),
+            click.option(
+                "--ready-fd",
+                type=click.IntRange(min=0),
+                help="Write a newline to this descriptor, and close it, when clients can connect.",
+            ),
+            click.option(
+                "--run",
+                metavar="COMMAND",
+                help="Serve for as long as this shell command runs, on a private unix socket unless told otherwise. It "
+                "has $uri, $nbd, $unixsocket, $port and $exportname; its exit status is ours.",
+            ),
+            click.option(
+                "--print-uri/--no-print-uri",
+                default=None,
+                help="Print the URI of each export when clients can connect.  [default: print, unless --run or socket "
+                "activation]",
+            ),
+            click.option(
+                "--on-stop",
+                type=click.Choice(["close", "refuse"]),
+                default="close",
+                show_default=True,
+                help="In the end close connections when everything accepted is answered, so that clients can connect "
+                "again and lose nothing; or refuse requests (ESHUTDOWN) until clients leave.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def server_settings(pid_file: str | None, on_stop: Literal["close", "refuse"]) -> ServerSettings:
+    """What the options say."""
+    return ServerSettings(pid_file, on_stop)
+
+
+def start_settings(fork: bool, ready_fd: int | None, run: str | None, print_uri: bool | None) -> StartSettings:
+    """What the options say.
+
+    Raises:
+        click.UsageError: they contradict each other.
+    """
+    if fork and run is not None:
+        raise click.UsageError("--fork goes on without its caller, and --run ends with the command; choose one")
+    if ready_fd is not None:
+        try:
+            os.set_inheritable(ready_fd, False)
+        except OSError as error:
+            raise click.UsageError(f"--ready-fd {ready_fd}: {error.strerror}") from None
+    return StartSettings(fork, ready_fd, run, print_uri)
+
+
+def tell_ready(descriptor: int) -> None:
+    """Write a newline, and close ``descriptor``; whoever waits may have gone."""
+    try:
+        os.write(descriptor, b"\n")
+    except OSError as error:
+        _log.warning("cannot tell descriptor %d that clients can connect: %s", descriptor, error.strerror)
+    with suppress(OSError):
+        os.close(descriptor)
+
+
+@contextmanager
+def process_id_in(path: str | None) -> Iterator[None]:
+    """Keep our process id in the file at ``path``, if there is to be one, for as long as clients can connect.
+
+    It appears whole, and is removed only if it still holds our id and not that of a successor.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    line = f"{os.getpid()}\n"
+    try:
+        _write_whole(path, line)
+    except OSError as error:
+        raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        try:
+            if _is_regular(path) and _content(path) == line:
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
+
+
+def _write_whole(path: str, text: str) -> None:
+    if os.path.exists(path) and not _is_regular(path):  # a pipe, a device: nothing to be replaced
+        with open(path, "w") as file:
+            file.write(text)
+        return
+    beside = f"{path}.{os.getpid()}"
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _is_regular(path: str) -> bool:
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def _content(path: str) -> str:
+    with open(path, errors="replace") as file:
+        return file.read(64)

@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT through the life of a server: whenever they come, everything is left in order."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """What a signal to stop means. Starting, it ends the process as if it were told to in between two statements, with
+    status 0; later whatever :meth:`deliver` was given is called on the loop; at last, while disks are saved, it means
+    nothing any more. A context manager, for the main thread.
+
+    These are handlers of Python's and not of the loop's: the loop takes its own away when it is closed, and a second
+    signal would then kill a process that is saving what guests have written.
+    """
+
+    def __init__(self) -> None:
+        self._came = 0
+        self._callback: Callable[[int], object] | None = None
+        self._is_starting = True
+
+    def __enter__(self) -> Self:
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # everything is done, and only the exit status is left to be told
+
+    def deliver(self, callback: Callable[[int], object]) -> None:
+        """From now on ``callback`` is called on the running loop, with the number of signals so far."""
+        self._loop = asyncio.get_running_loop()
+        self._callback = callback
+        self._is_starting = False
+        if self._came:
+            self._loop.call_soon(callback, self._came)
+
+    def ignore(self) -> None:
+        """From now on signals mean nothing; to be called before the loop ends."""
+        self._callback = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._came += 1
+        if self._is_starting:
+            raise SystemExit(0)
+        if self._callback is not None:
+            self._loop.call_soon_threadsafe(self._callback, self._came)
