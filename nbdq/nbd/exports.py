@@ -28,10 +28,14 @@ class ExportInfo:
     """Bytes; READ and WRITE payloads beyond are refused (P128)."""
     contexts: tuple[str, ...] = ()
     """Names of the metadata contexts on offer; the position of a name is its context id."""
+    hidden_contexts: tuple[str, ...] = ()
+    """Further ones, which are there for who asks for them by name; their ids follow."""
+    wide_contexts: frozenset[str] = frozenset()
+    """Those of all these whose flags need 64 bits, so that only extended headers can carry them."""
 
     def __post_init__(self) -> None:
         assert TransmissionFlag.SEND_DF not in self.flags
-        for text in (self.name, self.description, *self.contexts):
+        for text in (self.name, self.description, *self.contexts, *self.hidden_contexts):
             self._check_text(text)
         if not 0 <= self.size < 1 << 63:
             raise ExportError(f"export {printable(self.name)}: a size of {self.size} bytes is not within 0 … 2^63 - 1")
@@ -61,10 +65,19 @@ class ExportInfo:
                 f"{MAXIMUM_PAYLOAD >> 20} MiB"
             )
 
-    def wire_flags(self, *, structured: bool) -> TransmissionFlag:
-        """The transmission flags as a client sees them (1.6): DF exactly when structured replies are agreed."""
+    def contexts_for(self, queries: Sequence[str], *, extended: bool) -> tuple[tuple[int, str], ...]:
+        """(id, name) of every context that ``queries`` name in full and that the client's headers can carry (P44)."""
+        wanted = set(queries) if extended else set(queries) - self.wide_contexts
+        names = (*self.contexts, *self.hidden_contexts)
+        return tuple((number, name) for number, name in enumerate(names) if name in wanted)
+
+    def wire_flags(self, *, structured: bool, status_payload: bool = False) -> TransmissionFlag:
+        """The transmission flags as a client sees them (1.6): DF exactly when structured replies are agreed,
+        BLOCK_STATUS_PAYLOAD with ``status_payload``, for one with extended headers that has selected contexts."""
         flags = self.flags | TransmissionFlag.HAS_FLAGS
-        return flags | TransmissionFlag.SEND_DF if structured else flags
+        if structured:
+            flags |= TransmissionFlag.SEND_DF
+        return flags | TransmissionFlag.BLOCK_STATUS_PAYLOAD if status_payload else flags
 
 
 class ExportDirectory(Protocol):
@@ -91,8 +104,11 @@ class Negotiated:
     structured: bool
     contexts: tuple[tuple[int, str], ...]
     """(id, name) of every selected metadata context; not empty only with structured replies."""
+    extended: bool = False
+    """Requests and replies have extended headers; then ``structured`` is set, too."""
 
     @property
     def flags(self) -> TransmissionFlag:
         """The transmission flags that the client was told."""
-        return self.export.wire_flags(structured=self.structured)
+        status_payload = self.extended and bool(self.contexts)
+        return self.export.wire_flags(structured=self.structured, status_payload=status_payload)

@@ -14,7 +14,7 @@ What ends a connection here, and nothing else does (P141):
 """
 
 import struct
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from enum import StrEnum
 
 from nbdq.errors import ProtocolError, printable
@@ -81,6 +81,7 @@ class Handshake:
         self._fixed = False  # the client understands option replies (P13)
         self._padded = True  # the client wants the 124 zeroes of EXPORT_NAME (P30)
         self._structured = False
+        self._extended = False  # extended headers, which imply structured replies (P40)
         self._selected_export: str | None = None
         self._selected_contexts: tuple[tuple[int, str], ...] = ()
         self._shutting_down = False
@@ -123,7 +124,7 @@ class Handshake:
         assert self.starting_tls
         self.starting_tls = False
         self._secure = True
-        self._structured = False
+        self._structured = self._extended = False
         self._selected_export, self._selected_contexts = None, ()
 
     def shut_down(self) -> None:
@@ -214,7 +215,13 @@ class Handshake:
                 self._info(option, data)
             case Option.STRUCTURED_REPLY:
                 _require_empty(data)
+                if self._extended:  # P39
+                    raise OptionRefused(OptionReply.ERR_EXT_HEADER_REQD, "extended headers are agreed already")
                 self._structured = True
+                self._replies.append(messages.ack(option))
+            case Option.EXTENDED_HEADERS:
+                _require_empty(data)
+                self._structured = self._extended = True
                 self._replies.append(messages.ack(option))
             case Option.LIST_META_CONTEXT:
                 self._list_meta_context(data)
@@ -237,6 +244,8 @@ class Handshake:
         self.starting_tls = True
 
     def _export_name(self, data: bytes) -> None:
+        if self._extended:  # P30, P122
+            raise OptionRefused(OptionReply.ERR_INVALID, "with extended headers there is only GO")
         export = self._find(messages.decode_text(data))
         flags = export.wire_flags(structured=self._structured)
         self._replies.append(messages.export_name(size=export.size, flags=flags, padded=self._padded))
@@ -266,7 +275,7 @@ class Handshake:
                 preferred=export.preferred_block,
                 maximum=export.maximum_block,
             ),
-            messages.info_export(option, size=export.size, flags=export.wire_flags(structured=self._structured)),
+            messages.info_export(option, size=export.size, flags=self._agreed(export).flags),
             messages.ack(option),
         ]
         if option == Option.GO:
@@ -276,16 +285,20 @@ class Handshake:
         export, queries = self._meta_context_request(data)
         self._replies += [
             messages.meta_context(Option.LIST_META_CONTEXT, 0, context)  # the id means nothing here (P41)
-            for context in export.contexts
-            if not queries or any(_lists(query, context) for query in queries)
+            for context in self._listed_contexts(export, queries)
         ]
         self._replies.append(messages.ack(Option.LIST_META_CONTEXT))
+
+    def _listed_contexts(self, export: ExportInfo, queries: Sequence[str]) -> list[str]:
+        """What LIST shows: without queries everything but what is hidden (P41), which has to be named."""
+        meant = [name for name in export.contexts if not queries or any(_means(query, name) for query in queries)]
+        return [name for _, name in export.contexts_for([*queries, *meant], extended=self._extended)]
 
     def _set_meta_context(self, data: bytes) -> None:
         if not self._structured:
             raise OptionRefused(OptionReply.ERR_INVALID, "metadata contexts need STRUCTURED_REPLY first")
         export, queries = self._meta_context_request(data)
-        selected = tuple((number, context) for number, context in enumerate(export.contexts) if context in queries)
+        selected = export.contexts_for(queries, extended=self._extended)
         if len(selected) > MAXIMUM_CONTEXTS:
             text = f"{len(selected)} metadata contexts selected; the limit is {MAXIMUM_CONTEXTS}"
             raise OptionRefused(OptionReply.ERR_TOO_BIG, text)
@@ -308,9 +321,12 @@ class Handshake:
             raise OptionRefused(OptionReply.ERR_UNKNOWN, text)
         return export
 
-    def _begin_transmission(self, export: ExportInfo) -> None:
+    def _agreed(self, export: ExportInfo) -> Negotiated:
         same = export.name == self._selected_export  # a selection made for another export counts for nothing (P43)
-        self.negotiated = Negotiated(export, self._structured, self._selected_contexts if same else ())
+        return Negotiated(export, self._structured, self._selected_contexts if same else (), self._extended)
+
+    def _begin_transmission(self, export: ExportInfo) -> None:
+        self.negotiated = self._agreed(export)
         self.leftover = bytes(self._buffer)
         self._buffer.clear()
 
@@ -331,6 +347,6 @@ def _require_empty(data: bytes) -> None:
         )
 
 
-def _lists(query: str, context: str) -> bool:
-    """Whether a LIST query means ``context``: by its name, or by a namespace that ends in a colon (P45, P48)."""
-    return query == context or (query.endswith(":") and context.startswith(query))
+def _means(query: str, context: str) -> bool:
+    """Whether a LIST query that ends in a colon means ``context``: the wildcard of a namespace (P45, P48)."""
+    return query.endswith(":") and context.startswith(query)

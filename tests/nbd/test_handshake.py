@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.nbd.wire import (
     DISK,
     EXPORT_NAME,
     EXPORTS,
+    EXT_HEADER_REQD,
     EXTENDED_HEADERS,
     FIXED,
     GO,
@@ -28,6 +30,7 @@ from tests.nbd.wire import (
     OTHER,
     PEEK_EXPORT,
     POLICY,
+    READ_ONLY,
     SERVER,
     SET_META_CONTEXT,
     SHUTDOWN,
@@ -129,7 +132,7 @@ def test_nothing_is_answered_after_sync_was_lost() -> None:
     assert handshake.receive(STRUCTURED) == []
 
 
-@pytest.mark.parametrize("code", [0, PEEK_EXPORT, EXTENDED_HEADERS, 12, 0x7FFFFFFF, 0xFFFFFFFF])
+@pytest.mark.parametrize("code", [0, PEEK_EXPORT, 12, 0x7FFFFFFF, 0xFFFFFFFF])
 @pytest.mark.parametrize("data", [b"", b"x", b"IHAVEOPT" * 100])
 def test_an_unknown_option_is_unsupported_and_sync_is_kept(code: int, data: bytes) -> None:
     """P24, P40."""
@@ -671,6 +674,101 @@ def test_an_export_at_the_limits_is_fine(values: dict[str, object]) -> None:
     assert outcome.negotiated == Negotiated(export, False, ())
 
 
+# Extended headers.
+
+EXTENDED = option(EXTENDED_HEADERS)
+INFO_EXPORT = u32(INFO_REPLY) + u32(12) + u16(0)
+
+
+def test_extended_headers_imply_structured_replies_and_can_be_agreed_twice() -> None:
+    """P40: and then there is no way back to structured replies alone (P39)."""
+    outcome = shake_three_ways(NO_ZEROES + EXTENDED + EXTENDED + option(STRUCTURED_REPLY) + info(GO, "disk"))
+    assert outcome.kinds == [ACK, ACK, EXT_HEADER_REQD, INFO_REPLY, INFO_REPLY, ACK]
+    assert outcome.negotiated == Negotiated(DISK, True, (), extended=True)
+    assert outcome.negotiated.flags == READ_ONLY | TransmissionFlag.SEND_DF
+
+
+def test_extended_headers_may_follow_structured_replies() -> None:
+    outcome = shake_three_ways(NO_ZEROES + option(STRUCTURED_REPLY) + EXTENDED + info(GO, "disk"))
+    assert outcome.negotiated == Negotiated(DISK, True, (), extended=True)
+
+
+def test_extended_headers_carry_no_data() -> None:
+    """P26."""
+    outcome = shake_three_ways(NO_ZEROES + option(EXTENDED_HEADERS, b"x") + info(GO, "disk"))
+    assert outcome.kinds[0] == INVALID
+    assert outcome.negotiated == Negotiated(DISK, False, ())
+
+
+def test_export_name_closes_a_conversation_with_extended_headers() -> None:
+    """P30, P122."""
+    outcome = shake_three_ways(NO_ZEROES + EXTENDED + option(EXPORT_NAME, b"disk"))
+    assert outcome.finished
+    assert outcome.negotiated is None
+
+
+def test_block_status_with_payload_is_for_who_has_selected_contexts_with_extended_headers() -> None:
+    """P120: and INFO says what GO will say (P36)."""
+    payload = TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    select = meta(SET_META_CONTEXT, "disk", "base:allocation")
+    for said, expected in [
+        (EXTENDED + select, payload),
+        (select.join([option(STRUCTURED_REPLY), EXTENDED]), payload),
+        (EXTENDED, 0),
+        (option(STRUCTURED_REPLY) + select, 0),
+        (EXTENDED + meta(SET_META_CONTEXT, "a/other", "base:allocation"), 0),
+    ]:
+        outcome = shake_three_ways(NO_ZEROES + said + info(INFO, "disk") + info(GO, "disk"))
+        assert outcome.negotiated is not None
+        assert outcome.negotiated.flags & payload == expected
+        flags = [int.from_bytes(each[-2:], "big") for each in outcome.replies if each[12:22] == INFO_EXPORT]
+        assert flags == [outcome.negotiated.flags] * 2
+
+
+SECRETIVE = ExportInfo(
+    "disk",
+    512,
+    TransmissionFlag(0),
+    contexts=("base:allocation", "x-a:wide", "x-a:narrow"),
+    hidden_contexts=("x-a:hidden", "x-a:hidden-wide"),
+    wide_contexts=frozenset({"x-a:wide", "x-a:hidden-wide"}),
+)
+
+
+def contexts_in(replies: Sequence[bytes]) -> list[tuple[int, bytes]]:
+    return [(int.from_bytes(each[20:24], "big"), each[24:]) for each in replies if each[12:16] == u32(META_CONTEXT)]
+
+
+@pytest.mark.parametrize(
+    ("queries", "compact", "extended"),
+    [
+        ([], [b"base:allocation", b"x-a:narrow"], [b"base:allocation", b"x-a:wide", b"x-a:narrow"]),
+        (["x-a:"], [b"x-a:narrow"], [b"x-a:wide", b"x-a:narrow"]),
+        (["x-a:hidden"], [b"x-a:hidden"], [b"x-a:hidden"]),
+        (["x-a:wide", "x-a:hidden-wide", "x-a:h"], [], [b"x-a:wide", b"x-a:hidden-wide"]),
+    ],
+)
+def test_hidden_contexts_are_listed_by_name_only_and_wide_ones_for_extended_headers_only(
+    queries: list[str], compact: list[bytes], extended: list[bytes]
+) -> None:
+    """P41, P45."""
+    make = lambda: Handshake(Directory([SECRETIVE], {}))  # noqa: E731
+    for agreed, expected in [(option(STRUCTURED_REPLY), compact), (EXTENDED, extended)]:
+        outcome = shake_three_ways(NO_ZEROES + agreed + meta(LIST_META_CONTEXT, "disk", *queries), make)
+        assert contexts_in(outcome.replies) == [(0, name) for name in expected]
+        assert outcome.kinds[-1] == ACK
+
+
+def test_hidden_contexts_can_be_selected_and_wide_ones_with_extended_headers_only() -> None:
+    """P44: ids stay those of the export."""
+    make = lambda: Handshake(Directory([SECRETIVE], {}))  # noqa: E731
+    select = meta(SET_META_CONTEXT, "disk", "x-a:hidden-wide", "x-a:hidden", "x-a:hidden", "x-a:", "x-a:wide")
+    outcome = shake_three_ways(NO_ZEROES + EXTENDED + select, make)
+    assert contexts_in(outcome.replies) == [(1, b"x-a:wide"), (3, b"x-a:hidden"), (4, b"x-a:hidden-wide")]
+    outcome = shake_three_ways(NO_ZEROES + option(STRUCTURED_REPLY) + select, make)
+    assert contexts_in(outcome.replies) == [(3, b"x-a:hidden")]
+
+
 # What real clients send.
 
 
@@ -684,8 +782,8 @@ def test_qemu_of_today_gets_its_disk() -> None:
         b"IHAVEOPT\0\0\0\7\0\0\0\x0c\0\0\0\4disk\0\1\0\3"
     )
     outcome = shake_three_ways(data)
-    assert outcome.kinds == [UNSUP, ACK, META_CONTEXT, ACK, INFO_REPLY, INFO_REPLY, ACK]
-    assert outcome.negotiated == Negotiated(DISK, True, ((0, "base:allocation"),))
+    assert outcome.kinds == [ACK, EXT_HEADER_REQD, META_CONTEXT, ACK, INFO_REPLY, INFO_REPLY, ACK]
+    assert outcome.negotiated == Negotiated(DISK, True, ((0, "base:allocation"),), extended=True)
 
 
 def test_every_cut_of_a_good_conversation_gives_the_same_answers() -> None:
