@@ -8,8 +8,12 @@ import ctypes
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
 from typing import Self
+
+from nbdq.durations import Durations
 
 #: What identifies a file or device, under whatever name.
 Identity = tuple[int, int]
@@ -39,6 +43,25 @@ _BUFFERS_MAX = 1024
 
 _M_ARENA_MAX = -8
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SyncTimes:
+    """How long syncs of all files took, those included that failed. Any thread."""
+
+    def __init__(self) -> None:
+        self.durations = Durations()
+        self.failures = 0
+        self._lock = threading.Lock()
+
+    def add(self, seconds: float, *, failed: bool) -> None:
+        """A sync is over."""
+        with self._lock:
+            self.durations.add(seconds)
+            self.failures += failed
+
+
+#: Those of this process: how the disks do that everything durable waits for.
+SYNC_TIMES = SyncTimes()
 
 
 class FileStorage:
@@ -232,10 +255,13 @@ class FileStorage:
             OSError: it may be lost; final for this storage (R-63).
         """
         self._check_alive()
+        begun = monotonic()
         try:
             self._fdatasync()
         except OSError as error:
+            SYNC_TIMES.add(monotonic() - begun, failed=True)
             raise self._failed(error, final=True) from error
+        SYNC_TIMES.add(monotonic() - begun, failed=False)
 
     def reserve(self, offset: int, length: int) -> None:
         """See to it that writing the range will not find the medium full, where the file system can promise that.

@@ -22,6 +22,8 @@ class ClusterCache:
 
     def __init__(self, *, budget: int, workers: int = 2) -> None:
         """``budget`` bounds the cached bytes; ``workers`` threads inflate ahead, started when first needed."""
+        self.hits = self.misses = 0
+        """Clusters that were there when they were wanted, and those that had to be inflated for it."""
         self._budget = budget
         self._workers = workers
         self._pool: WorkerPool | None = None
@@ -52,6 +54,7 @@ class ClusterCache:
                     break
                 self._loaded.wait()
             self._loading.add(key)
+            self.misses += 1
         return self._load(key, load)
 
     def get_ahead(self, key: Hashable, load: Load) -> None:
@@ -64,6 +67,11 @@ class ClusterCache:
             self._ahead.add(key)
         self._pool.submit(partial(self._load_ahead, key, load))
 
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the clusters that are kept."""
+        return self._cost
+
     def forget(self, key: Hashable) -> None:
         """Another cluster has this key from now on. Nobody may be loading the old one."""
         with self._lock:
@@ -74,6 +82,7 @@ class ClusterCache:
     def _touch(self, key: Hashable) -> bytes | None:
         cluster = self._clusters.get(key)
         if cluster is not None:
+            self.hits += 1
             self._clusters.move_to_end(key)
         return cluster
 

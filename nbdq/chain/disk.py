@@ -45,9 +45,10 @@ class ChainDisk:
         self.layers = layers
         self.size = layers[0].size
         self._files = [layer.data for layer in layers]
-        self._index = ChainIndex(layers, budget=index_budget)
-        self._windows = self._index.windows
-        self._window_bits = self._index.window_bits
+        self.index = ChainIndex(layers, budget=index_budget)
+        """Where everything is; others may ask it how large it is."""
+        self._windows = self.index.windows
+        self._window_bits = self.index.window_bits
         self._clusters = clusters
         self._next_compressed = -1  # guest offset at which a sequential reader would enter the next cluster
         self._holes = FileHoles(layers)
@@ -152,7 +153,7 @@ class ChainDisk:
         end = offset + length
         pieces: list[Piece] = []
         while offset < end:
-            window = self._index.window(offset)
+            window = self.index.window(offset)
             run = window.find(offset)
             count = min(end, window.starts[run + 1]) - offset
             kind = window.kinds[run]
@@ -192,7 +193,7 @@ class ChainDisk:
         """
         done, length = 0, len(view)
         while done < length:
-            window = self._index.window(offset + done)
+            window = self.index.window(offset + done)
             run = window.find(offset + done)
             count = min(length - done, window.starts[run + 1] - offset - done)
             self._read_piece(window, run, offset + done, view[done : done + count])
@@ -220,7 +221,7 @@ class ChainDisk:
         Raises:
             OSError: a table cannot be read.
         """
-        return self._reads_zero(offset, offset + length, self._index.window)
+        return self._reads_zero(offset, offset + length, self.index.window)
 
     def reads_zero_cached(self, offset: int, length: int) -> bool:
         """The same without ever waiting: False also if it is not known."""
@@ -251,7 +252,7 @@ class ChainDisk:
         """
         end = offset + length
         chunk = _FIRST_CHUNK
-        for window in self._index.spans(offset, end):
+        for window in self.index.spans(offset, end):
             stop = min(window.end, end)
             first, last = window.find(offset), window.find(stop - 1) + 1
             while first < last:

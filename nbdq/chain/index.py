@@ -105,6 +105,8 @@ class ChainIndex:
         self.window_bits = (self._granule * _WINDOW_GRANULES).bit_length() - 1
         self.windows: dict[int, Window] = {}
         """The cached windows by number; readers may look here without the lock."""
+        self.windows_built = 0
+        """How many, those included that were dropped. Look-ups are not counted: that would cost every one of them."""
         self._budget = budget
         self._cost = 0
         self._occupancy: dict[int, NDArray[np.bool_]] = {}
@@ -128,10 +130,16 @@ class ChainIndex:
                 if number in self.windows:
                     return self.windows[number]
                 self.windows[number] = window
+                self.windows_built += 1
                 self._cost += window.cost
                 while self._cost > self._budget and len(self.windows) > 1:
                     self._cost -= self.windows.pop(next(iter(self.windows))).cost
         return window
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the windows that are kept."""
+        return self._cost
 
     def spans(self, offset: int, end: int) -> Iterator[Window]:
         """Windows from the one that holds ``offset`` up to ``end``; a stretch without data comes as one."""

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+from nbdq.durations import Durations
+
 _log = logging.getLogger(__name__)
 
 #: Between two looks; whatever blocks the loop for longer is seen, shorter lags by chance. Costs 0.02 % of a processor.
@@ -18,6 +20,8 @@ class LagWatch:
         self._loop = loop
         self.worst = 0.0
         """The longest lag so far, in seconds; who reads it may set it to 0."""
+        self.durations = Durations()
+        """All that were seen."""
         self._expect()
 
     def _expect(self) -> None:
@@ -26,6 +30,7 @@ class LagWatch:
 
     def _look(self) -> None:
         lag = self._loop.time() - self._due
+        self.durations.add(lag)
         if lag > self.worst:
             self.worst = lag
         if lag > _NOTABLE:
