@@ -144,6 +144,8 @@ class Transmission:
         self._memory = _NO_PAYLOAD  # … the memory
         self._rest = _NO_PAYLOAD  # … and the part of it that is still to be filled
 
+        self._refusal: Refusal | None = None  # of everything, once it is in force
+        self._coming_refusal: Refusal | None = None
         self._refused_commands = _refused_commands(negotiated)
         self._refused_flags = _refused_flags(negotiated.flags)
 
@@ -176,6 +178,9 @@ class Transmission:
         requests: list[RawRequest] = []
         if self.disconnected:
             return requests
+        if self._coming_refusal is not None:
+            self.resize(0)  # so that nothing counts as within the export, and everything is asked for its refusal
+            self._refusal = self._coming_refusal
         buffer = self._buffer
         unpack = REQUEST.unpack_from
         end = len(self._kept) + count
@@ -273,6 +278,8 @@ class Transmission:
         The one list of such reasons, in the order of P87: who may, how, where. A length of 0 is carried out by doing
         nothing, except for BLOCK_STATUS, which cannot say less than one extent (P86, W4).
         """
+        if self._refusal is not None:
+            return self._refusal
         command = operation & 0xFFFF
         refused_flags = self._refused_flags.get(command)
         if refused_flags is None:  # P82; DISC is none that is answered
@@ -298,7 +305,12 @@ class Transmission:
 
     def resize(self, size: int) -> None:
         """Hold the requests that follow to another size of the export, of which the protocol tells nobody."""
-        self.negotiated = replace(self.negotiated, export=replace(self.negotiated.export, size=size))
+        if self._refusal is None:
+            self.negotiated = replace(self.negotiated, export=replace(self.negotiated.export, size=size))
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Have everything that is received from now on answered with ``refusal``; DISC is obeyed (P99)."""
+        self._coming_refusal = refusal
 
     def error_reply(self, cookie: int, errno: Errno, text: str) -> bytes:
         """The whole answer to a request that failed; the text goes along if the client can take it (P102)."""

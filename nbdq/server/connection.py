@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 #: Options are small; a bound on what is parsed in one turn of the loop.
 _RECEIVE_SIZE = 4 << 10
+_STOPS = Ending(Cause.SHUTDOWN, "the server stops")
+
 #: How long a client that has all its answers may take to hang up.
 _LINGER_SECONDS = 1.0
 
@@ -67,12 +69,23 @@ class Connection:
         self._resources.loop.add_reader(self._socket.fileno(), self._on_readable)
         self._send([self._handshake.hello()])
 
-    def shut_down(self) -> None:
-        """End a negotiation now, a transmission when its accepted requests are answered."""
+    def shut_down(self, ending: Ending = _STOPS) -> None:
+        """End a transmission when its accepted requests are answered, and a negotiation soon: what it still asks for is
+        answered with ERR_SHUTDOWN (P99)."""
         if self._session is not None:
-            self._session.shut_down()
+            self._session.shut_down(ending)
         else:
-            self._close(Ending(Cause.SHUTDOWN, "server shuts down"))
+            self._handshake.shut_down()
+            self._deadline.cancel()
+            self._deadline = self._resources.loop.call_later(_LINGER_SECONDS, self._close, ending)
+
+    def refuse(self, ending: Ending = _STOPS) -> None:
+        """Answer what is accepted, and what comes after with an error, until the client leaves (P99); a negotiation is
+        shut down."""
+        if self._session is not None:
+            self._session.refuse(ending)
+        else:
+            self.shut_down(ending)
 
     def abort(self) -> None:
         """Close at once."""

@@ -8,12 +8,13 @@ from typing import Any, Protocol, cast
 from nbdq.block import BlockDevice, WritableBlockDevice
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, TransmissionFlag
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.exports import ExportInfo
 from nbdq.server.access import Access
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Account
 from nbdq.server.gate import Gate
-from nbdq.server.limits import CUT_SECONDS
+from nbdq.server.limits import CUT_SECONDS, REFUSE_SECONDS
 from nbdq.server.pause import Pause
 from nbdq.server.rate import Rates, Throttle
 from nbdq.server.writing import DetectZeroes, Writing
@@ -33,12 +34,18 @@ _WRITABLE_FLAGS = (
     _FLAGS | TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
 )
 
+_REMOVED = Ending(Cause.CUT, "the export was removed")
+
 
 class Client(Protocol):
     """A connection in the transmission phase, as its export sees it."""
 
-    def shut_down(self) -> None:
+    def shut_down(self, ending: Ending) -> None:
         """End when everything accepted is answered."""
+        ...
+
+    def refuse(self, ending: Ending) -> None:
+        """Answer with errors what is not yet accepted, until the client leaves."""
         ...
 
     def abort(self) -> None:
@@ -153,15 +160,22 @@ class Export:
         self._pause.end()
 
     def cut(self, *, at_once: bool = False) -> None:
-        """Have all clients leave, ``at_once`` or as soon as what they have sent is answered; who takes too long is cut
-        then, too."""
+        """Have all clients leave, ``at_once`` or as soon as what they have sent is answered. For a moment they hear
+        ESHUTDOWN of what they still ask for, because nobody serves them when they come back (P99); then they are hung up
+        on, and who takes too long is cut."""
         self.resume()
         if at_once:
             self._cut_all()
             return
+        for client in self.clients:
+            client.refuse(_REMOVED)
+        loop = asyncio.get_running_loop()
+        loop.call_later(REFUSE_SECONDS, self._hang_up_on_all)
+        loop.call_later(CUT_SECONDS, self._cut_all)
+
+    def _hang_up_on_all(self) -> None:
         for client in list(self.clients):
-            client.shut_down()
-        asyncio.get_running_loop().call_later(CUT_SECONDS, self._cut_all)
+            client.shut_down(_REMOVED)
 
     def _cut_all(self) -> None:
         for client in list(self.clients):

@@ -17,6 +17,8 @@ INLINE_WRITE_LENGTH = 256 << 10
 GUARANTEED_BYTES = 256 << 10
 #: How long clients of an export that is deleted may take to get their last answers.
 CUT_SECONDS = 10.0
+#: … and how long they may stay to hear that there is nothing more to be had.
+REFUSE_SECONDS = 1.0
 #: Extents in one block status reply (P117 allows 2^20; clients cap lower).
 STATUS_EXTENTS = 64 << 10
 

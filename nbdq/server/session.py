@@ -21,9 +21,9 @@ from functools import partial
 from time import monotonic
 
 from nbdq.errors import ProtocolError
-from nbdq.nbd.constants import Command, TransmissionFlag
+from nbdq.nbd.constants import Command, Errno, TransmissionFlag
 from nbdq.nbd.ending import Cause, Ending
-from nbdq.nbd.transmission import RawRequest, Transmission
+from nbdq.nbd.transmission import RawRequest, Refusal, Transmission
 from nbdq.server.export import Export
 from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
 from nbdq.server.output import Output
@@ -117,10 +117,14 @@ class Session:
             self._parse(len(leftover))
         self._guard(self._serve)
 
-    def shut_down(self) -> None:
+    def shut_down(self, ending: Ending) -> None:
         """Answer what is accepted, then end (P99)."""
-        self._stop(Ending(Cause.SHUTDOWN, "server shuts down"))
+        self._stop(ending)
         self._guard(self._serve)
+
+    def refuse(self, ending: Ending) -> None:
+        """Answer what is accepted, and what comes after with ESHUTDOWN, until the client leaves (P99)."""
+        self._transmission.refuse(Refusal(Errno.ESHUTDOWN, ending.text))
 
     def abandon(self) -> None:
         """Let go of the socket at once; replies that still come from the pool are dropped."""
