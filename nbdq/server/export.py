@@ -161,8 +161,8 @@ class Export:
 
     def cut(self, *, at_once: bool = False) -> None:
         """Have all clients leave, ``at_once`` or as soon as what they have sent is answered. For a moment they hear
-        ESHUTDOWN of what they still ask for, because nobody serves them when they come back (P99); then they are hung up
-        on, and who takes too long is cut."""
+        ESHUTDOWN of what they still ask for, because nobody serves them when they come back (P99); then they are hung
+        up on, and who takes too long is cut."""
         self.resume()
         if at_once:
             self._cut_all()
