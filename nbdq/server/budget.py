@@ -41,5 +41,10 @@ class Budget:
             del self._waiting[retry]
             retry()
 
+    def resize(self, total: int) -> None:
+        """Another total; what is reserved stays so, even if it is more."""
+        self._total, more = total, total - self._total
+        self.give(more)
+
     def _fits(self, count: int) -> bool:
         return count <= self._free or self._free == self._total

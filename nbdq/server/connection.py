@@ -28,6 +28,10 @@ _STOPS = Ending(Cause.SHUTDOWN, "the server stops")
 
 #: How long a client that has all its answers may take to hang up.
 _LINGER_SECONDS = 1.0
+#: Instead of no deadline.
+_FOR_EVER = 1e9
+#: Why a connection is cut, unless somebody has a better reason.
+_CUT = Ending(Cause.CUT, "cut: the time to end in peace is over")
 
 
 class Connection:
@@ -52,14 +56,14 @@ class Connection:
         self._resources = resources
         self._on_negotiated = on_negotiated
         self._on_close = on_close
-        self._entrance = Entrance(exports, peer)
-        self._handshake = Handshake(self._entrance)
+        self._entrance = Entrance(exports, peer, resources.census)
+        self._handshake = Handshake(self._entrance, maximum_options=resources.limits.options)
         self._output = Output(sock)
         self._session: Session | None = None
         self._export: Export | None = None
         self._closed = False
         self._deadline = resources.loop.call_later(
-            resources.limits.handshake_seconds,
+            resources.limits.handshake_seconds or _FOR_EVER,
             self._close,
             Ending(Cause.HANDSHAKE_TIMEOUT, "handshake took longer than its deadline"),
         )
@@ -87,9 +91,9 @@ class Connection:
         else:
             self.shut_down(ending)
 
-    def abort(self) -> None:
+    def abort(self, ending: Ending = _CUT) -> None:
         """Close at once."""
-        self._close(Ending(Cause.CUT, "cut: the time to end in peace is over"))
+        self._close(ending)
 
     def resize(self, size: int) -> None:
         """The export has another size from now on."""
@@ -151,13 +155,13 @@ class Connection:
         negotiated = self._handshake.negotiated
         assert negotiated is not None
         self._deadline.cancel()
-        self._on_negotiated(self)
         self._resources.loop.remove_reader(self._socket.fileno())
         export = self._entrance.chosen(negotiated)
         if export is None:
             text = "the export is gone, full or another one since the client asked for it"
             self._close(Ending(Cause.REFUSED, text))
             return
+        self._on_negotiated(self)
         self._exports.enter(export, self)
         self._export = export
         self._log.export = export.id

@@ -11,6 +11,7 @@ from nbdq.errors import printable
 from nbdq.nbd.constants import OptionReply
 from nbdq.nbd.exports import ExportInfo, Negotiated
 from nbdq.nbd.messages import OptionRefused
+from nbdq.server.census import Census
 from nbdq.server.export import Export, Exports
 from nbdq.server.peer import Peer
 
@@ -20,11 +21,10 @@ _log = logging.getLogger(__name__)
 class Entrance:
     """What ``peer`` may see and enter of ``exports``, at any moment. Loop thread only."""
 
-    def __init__(self, exports: Exports, peer: Peer, *, tls_offered: bool = False) -> None:
-        """``tls_offered``: a client that does not use TLS can begin to (P64)."""
+    def __init__(self, exports: Exports, peer: Peer, census: Census) -> None:
         self._exports = exports
         self._peer = peer
-        self._tls_offered = tls_offered
+        self._census = census
 
     def list(self) -> Sequence[ExportInfo]:
         """All that the client may enter, in the operator's order (P32)."""
@@ -34,26 +34,44 @@ class Entrance:
         """The export of exactly that name (P31).
 
         Raises:
-            OptionRefused: only TLS is missing (P64), or it is full.
+            OptionRefused: only TLS is missing (P64), or there are enough clients already.
         """
         export = self._exports.by_name.get(name)
         if export is None:
             return None
         objection = self._objection(export)
-        if not objection:
-            return None if export.is_full else export.info
-        access = export.access
-        if self._tls_offered and not self._peer.secure and access.demands_tls and not access.objection(self._peer):
-            raise OptionRefused(OptionReply.ERR_TLS_REQD, f"export '{printable(name)}' needs TLS")
-        _log.info("%s: not let into export %r: %s", self._peer, export.info.name, objection)
-        return None
+        if objection:
+            _log.info("%s: not let into export %r: %s", self._peer, export.info.name, objection)
+            if not self._peer.secure and export.access.demands_tls and not export.access.objection(self._peer):
+                raise OptionRefused(OptionReply.ERR_TLS_REQD, f"export '{printable(name)}' needs TLS")
+            return None
+        self._check_room(export)
+        return export.info
 
-    def _objection(self, export: Export) -> str:
-        return export.access.objection(self._peer) or export.access.mistrust(self._peer)
+    def check_room_for_tls(self) -> None:
+        """
+        Raises:
+            OptionRefused: there are enough clients that use TLS.
+        """
+        self._census.check_room_for_tls()
 
     def chosen(self, negotiated: Negotiated) -> Export | None:
         """The export that a handshake has led to; None if it is not any more what the client was told."""
         export = self._exports.by_name.get(negotiated.export.name)
-        if export is None or export.info != negotiated.export or export.is_full or self._objection(export):
+        if export is None or export.info != negotiated.export or self._objection(export):
+            return None
+        try:
+            self._check_room(export)
+        except OptionRefused:
             return None
         return export
+
+    def _objection(self, export: Export) -> str:
+        return export.access.objection(self._peer) or export.access.mistrust(self._peer)
+
+    def _check_room(self, export: Export) -> None:
+        limit = export.maximum_connections or self._census.limits.export_connections
+        if limit and len(export.clients) >= limit:
+            text = f"export '{printable(export.info.name)}' has its {limit} clients; try later"
+            raise OptionRefused(OptionReply.ERR_POLICY, text)
+        self._census.check_room(self._peer)

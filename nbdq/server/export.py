@@ -65,7 +65,7 @@ class Export:
     """What new clients are told."""
     device: BlockDevice
     maximum_connections: int = 0
-    """0: no limit of its own."""
+    """0: none of its own, but that of the server."""
     writing: Writing | None = None
     """None for a read-only export."""
     bitmaps: Mapping[str, DirtyBitmap] = field(default_factory=dict)
@@ -139,11 +139,6 @@ class Export:
     @property
     def connection_count(self) -> int:
         return len(self.clients)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no further client may come in."""
-        return bool(self.maximum_connections) and self.connection_count >= self.maximum_connections
 
     @property
     def is_held(self) -> bool:

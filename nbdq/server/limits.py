@@ -1,6 +1,7 @@
 """Every limit and deadline of the server, with its reason. Sizes in bytes, times in seconds."""
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any
 
 from nbdq.errors import ExportError
@@ -21,29 +22,32 @@ CUT_SECONDS = 10.0
 REFUSE_SECONDS = 1.0
 #: Extents in one block status reply (P117 allows 2^20; clients cap lower).
 STATUS_EXTENTS = 64 << 10
+#: In seconds; the kernel takes no more.
+_MOST_KEEPALIVE = 32767
 
 
-def _limit(default: Any, reason: str, *, least: float = 0) -> Any:
-    return field(default=default, metadata={"reason": reason, "least": least})
+def _limit(default: Any, reason: str, *, least: float = 0, most: float = inf) -> Any:
+    return field(default=default, metadata={"reason": reason, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that an operator may change, each with its reason in its metadata, which ``nbdq serve --limit help`` shows.
+    """Limits that an operator may change, each with its reason, which ``nbdq serve --limit help`` shows.
 
     A 0 is no limit, where it is allowed. Names end in the unit; counts have none.
     """
 
     # Who gets in.
     handshake_seconds: float = _limit(10.0, "from accept to the end of the handshake, TLS included, whatever comes")
-    pending_handshakes: int = _limit(
-        64, "clients that negotiate at once; above, the oldest of whoever has most is dropped after a second", least=1
+    pending_handshakes: int = _limit(64, "clients that negotiate at once; more wait to be accepted", least=1)
+    crowded_handshake_seconds: float = _limit(
+        1.0, "at that limit, while somebody waits: the oldest handshake of whoever has most is dropped at this age"
     )
     connections: int = _limit(1024, "clients that use exports, all together; more are told so", least=1)
     export_connections: int = _limit(128, "clients of one export, unless it has a number of its own; more are told so")
     peer_connections: int = _limit(
         64,
-        "clients from one address (IPv6: one /64) or of one user; nbdcopy and Linux open up to 16 each; more are told so",
+        "clients from one address (IPv6: one /64) or of one user; nbdcopy and Linux open up to 16; more are told so",
     )
     tls_connections: int = _limit(256, "clients under TLS, which cost more memory and time; more are refused TLS")
     options: int = _limit(32, "options of one handshake, and as many again for each export that is listed", least=1)
@@ -65,12 +69,13 @@ class Limits:
     reply_stall_seconds: float = _limit(300.0, "a client that takes not one byte of a waiting reply for so long is cut")
     payload_stall_seconds: float = _limit(60.0, "a client that sends not one byte of the rest of a WRITE is cut")
     user_timeout_seconds: float = _limit(
-        120.0,
-        "TCP: data that for so long is not acknowledged, or finds no window, ends a connection",
+        120.0, "TCP: data that for so long is not acknowledged, or finds no window, ends a connection", most=2_000_000
     )
-    keepalive_seconds: float = _limit(60.0, "TCP: silence after which the kernel asks whether the client is there")
-    keepalive_interval_seconds: float = _limit(10.0, "TCP: between such questions", least=1)
-    keepalive_probes: int = _limit(6, "TCP: questions without an answer until the client counts as gone", least=1)
+    keepalive_seconds: float = _limit(
+        60.0, "TCP: silence after which the kernel asks whether the client is there", most=_MOST_KEEPALIVE
+    )
+    keepalive_interval_seconds: float = _limit(10.0, "TCP: between such questions", least=1, most=_MOST_KEEPALIVE)
+    keepalive_probes: int = _limit(6, "TCP: such questions until the client counts as gone", least=1, most=127)
     drain_seconds: float = _limit(30.0, "from SIGTERM until connections that are still busy are cut")
 
     # What the process uses.
@@ -81,9 +86,10 @@ class Limits:
     def __post_init__(self) -> None:
         """
         Raises:
-            ExportError: a limit is less than makes sense.
+            ExportError: a limit is less than makes sense, or more than the kernel takes.
         """
         for limit in fields(self):
-            least = limit.metadata["least"]
-            if getattr(self, limit.name) < least:
-                raise ExportError(f"limit {limit.name}: {getattr(self, limit.name)} is less than {least}")
+            value, least, most = getattr(self, limit.name), limit.metadata["least"], limit.metadata["most"]
+            if not least <= value <= most:
+                bound = f"less than {least:g}" if value < least else f"more than {most:g}"
+                raise ExportError(f"limit {limit.name.replace('_', '-')}: {value:g} is {bound}")

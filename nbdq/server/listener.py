@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import select
 import socket
 import stat
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.handshake import TlsMode
 from nbdq.nbd.uri import tcp_uri, unix_uri
+from nbdq.server.limits import Limits
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +58,15 @@ class Listener:
         name = self._path or self.socket.getsockname()
         path = os.fsdecode(name)
         return path if path.startswith("\0") else os.path.abspath(path)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits to be accepted."""
+        if self.socket.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def start(self, loop: asyncio.AbstractEventLoop, accept: Callable[[socket.socket, object], bool]) -> None:
         """Accept clients; ``accept`` takes ownership of each socket, whose address it is told, and answers whether it
@@ -129,7 +140,7 @@ def _identity(path: str) -> tuple[int, int]:
 
 
 def _prepare(sock: socket.socket) -> None:
-    """Options of an accepted socket: no delay, dead peers noticed, room for a large reply (nbd.md 4.3, item 9)."""
+    """Options of an accepted socket: no delay, room for a large reply (nbd.md 4.3, item 9)."""
     sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         try:
@@ -138,9 +149,24 @@ def _prepare(sock: socket.socket) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6)):
-        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def watch_for_death(sock: socket.socket, limits: Limits) -> None:
+    """Have the kernel notice when the host of an accepted TCP client is gone, so that its locks and memory are freed.
+
+    Raises:
+        OSError: the client has gone already.
+    """
+    if sock.family == socket.AF_UNIX:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(limits.keepalive_seconds))
+    for option, value in (
+        (socket.TCP_KEEPIDLE, limits.keepalive_seconds or limits.keepalive_interval_seconds),
+        (socket.TCP_KEEPINTVL, limits.keepalive_interval_seconds),
+        (socket.TCP_KEEPCNT, limits.keepalive_probes),
+        (socket.TCP_USER_TIMEOUT, limits.user_timeout_seconds * 1000),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, int(value))
 
 
 def listen_unix(path: str, *, mode: int = 0o600, tls: TlsMode = TlsMode.OFF) -> Listener:

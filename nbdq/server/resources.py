@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from nbdq.nbd.transmission import BUFFER_SIZE
 from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
+from nbdq.server.census import Census
 from nbdq.server.counters import Visits
 from nbdq.server.limits import ARENA_SIZE, ARENAS_KEPT, Limits
 
@@ -18,6 +19,7 @@ class Resources:
     pool: WorkerPool
     limits: Limits
     budget: Budget
+    census: Census
     receive_buffer: bytearray = field(default_factory=lambda: bytearray(BUFFER_SIZE))
     """Every session is done with what it received, or has copied it, before the next one receives."""
     visits: Visits = field(default_factory=Visits)

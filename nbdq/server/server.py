@@ -9,17 +9,23 @@ import logging
 import socket
 from collections.abc import Sequence
 
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
+from nbdq.server.census import Census
 from nbdq.server.connection import Connection
 from nbdq.server.export import Exports
 from nbdq.server.lag import LagWatch
 from nbdq.server.limits import Limits
-from nbdq.server.listener import Listener
+from nbdq.server.listener import Listener, watch_for_death
 from nbdq.server.peer import Peer
 from nbdq.server.resources import Resources
 
 _log = logging.getLogger(__name__)
+
+#: At the limit of handshakes nothing tells that somebody waits to be accepted; so we look.
+_LOOK_AGAIN_SECONDS = 0.1
+_DISPLACED = Ending(Cause.POLICY, "dropped during the handshake: others wait, and its time in a crowd was over")
 
 
 class Server:
@@ -28,16 +34,29 @@ class Server:
     def __init__(self, exports: Exports, listeners: Sequence[Listener], limits: Limits) -> None:
         self._exports = exports
         self._listeners = listeners
-        self._limits = limits
-        self._connections: set[Connection] = set()
-        self._negotiating: set[Connection] = set()
         self._numbers = itertools.count(1)
         self._accepting = True
+        self._crowded: asyncio.TimerHandle | None = None  # until a handshake may be asked to make room
         self._idle = asyncio.Event()
         self._idle.set()
         self._pool = WorkerPool(limits.workers)
-        self._resources = Resources(asyncio.get_running_loop(), self._pool, limits, Budget(limits.process_bytes))
+        self.census = Census(limits)
+        """Every connection, half-negotiated ones included."""
+        loop, budget = asyncio.get_running_loop(), Budget(limits.process_bytes)
+        self._resources = Resources(loop, self._pool, limits, budget, self.census)
         self.lag = LagWatch(self._resources.loop)
+
+    @property
+    def limits(self) -> Limits:
+        """What holds now."""
+        return self._resources.limits
+
+    def limit(self, limits: Limits) -> None:
+        """Other limits from now on. Those that are there stay, and go on under the deadlines that they began with; the
+        number of threads, and what the disks share, need a new start."""
+        self._resources.limits = self.census.limits = limits
+        self._resources.budget.resize(limits.process_bytes)
+        self._adjust_accepting()
 
     def start(self) -> None:
         """Accept clients from now on."""
@@ -47,33 +66,32 @@ class Server:
     def _accept(self, sock: socket.socket, address: object) -> bool:
         try:
             peer = Peer.of(sock, address, next(self._numbers))
+            watch_for_death(sock, self.limits)
         except OSError:
             sock.close()
             return True
         _log.debug("%s: connected", peer)
         connection = Connection(
-            sock, peer, self._exports, self._resources, on_negotiated=self._forget_negotiation, on_close=self._forget
+            sock, peer, self._exports, self._resources, on_negotiated=self._negotiated, on_close=self._forget
         )
-        self._connections.add(connection)
-        self._negotiating.add(connection)
+        self.census.accepted(connection, peer, self._resources.loop.time())
         self._idle.clear()
         connection.start()
         return self._adjust_accepting()
 
-    def _forget_negotiation(self, connection: Connection) -> None:
-        self._negotiating.discard(connection)
+    def _negotiated(self, connection: Connection) -> None:
+        self.census.negotiated(connection)
         self._adjust_accepting()
 
     def _forget(self, connection: Connection) -> None:
-        self._connections.discard(connection)
-        if not self._connections:
+        self.census.left(connection)
+        if not self.census:
             self._idle.set()
-        self._forget_negotiation(connection)
+        self._adjust_accepting()
 
     def _adjust_accepting(self) -> bool:
-        """Stop accepting at the limits; who is not accepted waits in the kernel's queue until somebody leaves."""
-        limits = self._limits
-        wanted = len(self._connections) < limits.connections and len(self._negotiating) < limits.pending_handshakes
+        """Stop accepting while there are enough handshakes; who is not accepted waits in the kernel's queue."""
+        wanted = self.census.takes_handshakes
         if wanted != self._accepting:
             self._accepting = wanted
             for listener in self._listeners:
@@ -81,7 +99,22 @@ class Server:
                     listener.resume()
                 else:
                     listener.pause()
+        if not wanted and self._crowded is None:
+            self._crowded = self._resources.loop.call_at(self.census.displaceable()[1], self._make_room)
         return wanted
+
+    def _make_room(self) -> None:
+        """End handshakes that have had their time, if anybody waits for their place."""
+        self._crowded = None
+        if self._accepting:
+            return
+        if not any(listener.is_awaited for listener in self._listeners):
+            self._crowded = self._resources.loop.call_later(_LOOK_AGAIN_SECONDS, self._make_room)
+            return
+        connection, when = self.census.displaceable()
+        if when <= self._resources.loop.time():
+            connection.abort(_DISPLACED)
+        self._adjust_accepting()
 
     async def stop(self) -> None:
         """Listen no more, let connections finish what they have begun, cut those that take too long (P99, R-76).
@@ -90,16 +123,18 @@ class Server:
         """
         for listener in self._listeners:
             listener.close()
+        if self._crowded is not None:
+            self._crowded.cancel()
         for export in self._exports.by_id.values():
             export.gate.pause.end()
             export.resume()  # what clients have sent is answered, although they were to be held back for longer
-        for connection in list(self._connections):
+        for connection in self.census:
             connection.shut_down()
         try:
-            await asyncio.wait_for(self._idle.wait(), self._limits.drain_seconds)
+            await asyncio.wait_for(self._idle.wait(), self.limits.drain_seconds)
         except TimeoutError:
-            _log.warning("%d connections did not finish in time", len(self._connections))
-            for connection in list(self._connections):
+            _log.warning("%d connections did not finish in time", len(self.census))
+            for connection in self.census:
                 connection.abort()
         self.lag.close()
         self._pool.close()

@@ -288,21 +288,21 @@ class LoopServer:
 
     @property
     def connections(self) -> int:
-        return self.call(lambda: len(self._server._connections))
+        return self.call(lambda: len(self._server.census))
 
     @property
     def negotiating(self) -> int:
-        return self.call(lambda: len(self._server._negotiating))
+        return self.call(lambda: self._server.census.negotiating)
 
     @property
     def transmitting(self) -> int:
         """Sessions that still read requests or owe replies."""
-        return self.call(lambda: sum(bool((s := c._session) and not s._ended) for c in self._server._connections))
+        return self.call(lambda: sum(bool((s := c._session) and not s._ended) for c in self._server.census))
 
     @property
     def waiting_for_pool(self) -> int:
         """Sessions for which the pool has work."""
-        return self.call(lambda: sum(bool((s := c._session) and s.in_progress) for c in self._server._connections))
+        return self.call(lambda: sum(bool((s := c._session) and s.in_progress) for c in self._server.census))
 
     @property
     def reserved(self) -> int:

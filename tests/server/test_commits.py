@@ -66,7 +66,7 @@ def test_all_who_wait_while_a_flush_runs_share_the_next_one(server: LoopServer, 
         server.wait_for(lambda: server.waiting_for_pool == 5, "flushes of all")
         server.wait_for(
             lambda: (
-                server.call(lambda: sum(c._session.in_progress for c in server._server._connections))
+                server.call(lambda: sum(c._session.in_progress for c in server._server.census))
                 == (26 if disk.cached else 21)
             ),
             "all flushes asked for",

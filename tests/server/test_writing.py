@@ -378,7 +378,7 @@ def test_a_stop_loses_no_write_that_was_accepted(loop: str) -> None:
             client.socket.sendall(b"".join(client.pack(WRITE, n * 4096, 4096) + b"x" * 4096 for n in range(20)))
             client.socket.sendall(client.pack(FLUSH) + client.pack(WRITE, MIB, 512, flags=FUA) + b"x" * 512)
             server.wait_for(lambda: len(disk.performed) >= 4, "writes in the pool")
-            server.call(lambda: [c.shut_down() for c in server._server._connections])
+            server.call(lambda: [c.shut_down() for c in server._server.census])
         assert all(reply.error == 0 for reply in client.replies().values())
         assert client.is_closed()
     assert disk.content[: 20 * 4096] == b"x" * (20 * 4096)
