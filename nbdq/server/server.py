@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.pool import WorkerPool
@@ -31,8 +31,13 @@ _DISPLACED = Ending(Cause.POLICY, "dropped during the handshake: others wait, an
 class Server:
     """Serves ``exports`` on ``listeners``. Owns the listeners; the exports' devices stay the caller's."""
 
-    def __init__(self, exports: Exports, listeners: Sequence[Listener], limits: Limits) -> None:
+    def __init__(
+        self, exports: Exports, listeners: Sequence[Listener], limits: Limits, *, clients_at_once: int = 0
+    ) -> None:
+        """Of more than ``clients_at_once``, unless that is 0, the later ones wait in the kernel's queue until one
+        leaves, as qemu-nbd has it."""
         self._exports = exports
+        self._clients_at_once = clients_at_once
         self._listeners = listeners
         self._numbers = itertools.count(1)
         self._accepting = True
@@ -45,6 +50,8 @@ class Server:
         loop, budget = asyncio.get_running_loop(), Budget(limits.process_bytes)
         self._resources = Resources(loop, self._pool, limits, budget, self.census)
         self.lag = LagWatch(self._resources.loop)
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called whenever the last connection has ended."""
 
     @property
     def limits(self) -> Limits:
@@ -87,11 +94,13 @@ class Server:
         self.census.left(connection)
         if not self.census:
             self._idle.set()
+            self.on_idle()
         self._adjust_accepting()
 
     def _adjust_accepting(self) -> bool:
         """Stop accepting while there are enough handshakes; who is not accepted waits in the kernel's queue."""
-        wanted = self.census.takes_handshakes
+        full = self._clients_at_once and len(self.census) >= self._clients_at_once
+        wanted = not full and self.census.takes_handshakes
         if wanted != self._accepting:
             self._accepting = wanted
             for listener in self._listeners:
@@ -99,7 +108,7 @@ class Server:
                     listener.resume()
                 else:
                     listener.pause()
-        if not wanted and self._crowded is None:
+        if not wanted and not full and self._crowded is None:
             self._crowded = self._resources.loop.call_at(self.census.displaceable()[1], self._make_room)
         return wanted
 
