@@ -115,7 +115,7 @@ class Server:
     def _make_room(self) -> None:
         """End handshakes that have had their time, if anybody waits for their place."""
         self._crowded = None
-        if self._accepting:
+        if self.census.takes_handshakes:
             return
         if not any(listener.is_awaited for listener in self._listeners):
             self._crowded = self._resources.loop.call_later(_LOOK_AGAIN_SECONDS, self._make_room)
