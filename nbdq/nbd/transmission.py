@@ -1,14 +1,17 @@
-"""The transmission phase: receive buffer → raw requests, the one list of reasons to refuse them, and reply headers.
+"""The transmission phase, as far as it comes in: receive buffer → raw requests, and the one list of reasons to refuse.
 
 The hot path of the server: no object per request but the tuple that ``struct`` makes, and a view of the payload of a
 WRITE. Knows byte layouts and the rules of the protocol. Must not know sockets, files, or how a request is carried out;
-payloads of replies pass by untouched.
+how it is answered is in ``replies``.
 
-The only violations that end a connection here are a wrong request magic (P80) and a WRITE too long to consume (P85);
-every other fault of a request is a :class:`Refusal`, which is a reply (P141).
+The only violations that end a connection here are a wrong request magic (P80) and a payload too long to consume (P85,
+P123); every other fault of a request is a :class:`Refusal`, which is a reply (P141).
+
+With extended headers a WRITE has a payload whether its flag PAYLOAD_LEN says so or not, as in QEMU: every client sends
+one, and to guess otherwise would lose sync (P123). Any other command has one if the flag is set; unless it is a
+BLOCK_STATUS, that is read to be forgotten.
 """
 
-import errno as system_errno
 import struct
 from collections import deque
 from dataclasses import replace
@@ -16,22 +19,19 @@ from typing import NamedTuple
 
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import (
-    CHUNK_MAGIC,
+    EXTENDED_REQUEST_MAGIC,
     MAXIMUM_PAYLOAD,
     REQUEST_MAGIC,
-    SIMPLE_REPLY_MAGIC,
-    ChunkFlag,
-    ChunkType,
     Command,
     CommandFlag,
     Errno,
     TransmissionFlag,
 )
 from nbdq.nbd.exports import Negotiated
-from nbdq.nbd.messages import bounded_text
 
 #: One request as it is on the wire: magic, operation, cookie, offset, length, where operation is
-#: ``flags << 16 | command`` (P80). A READ without flags therefore is operation 0.
+#: ``flags << 16 | command`` (P80). A READ without flags therefore is operation 0. For a BLOCK_STATUS with a payload the
+#: length is that of the range, and in the place of the magic is the set of ids that it asks for, as bits (P120).
 RawRequest = tuple[int, int, int, int, int]
 
 #: Bytes of the receive buffer: 9000 headers, or the payloads of sixty small writes.
@@ -41,29 +41,20 @@ BUFFER_SIZE = 256 << 10
 _LARGE_PAYLOAD = 128 << 10
 _LITTLE = 4 << 10
 
-REQUEST = struct.Struct(">IIQQI")
-SIMPLE_REPLY = struct.Struct(">IIQ")
-"""``SIMPLE_REPLY_MAGIC``, errno, cookie (P100)."""
-CHUNK = struct.Struct(">IHHQI")
-"""``CHUNK_MAGIC``, flags, type, cookie, length of what follows (P110)."""
-DATA_CHUNK = struct.Struct(">IHHQIQ")
-"""CHUNK with an offset behind it; the length counts 8 for the offset, and the payload (P111)."""
-_HOLE_CHUNK = struct.Struct(">IHHQIQI")
-_BLOCK_STATUS_CHUNK = struct.Struct(">IHHQII")
-_ERROR = struct.Struct(">IH")
-_OFFSET = struct.Struct(">Q")
+_REQUEST = struct.Struct(">IIQQI")
+_EXTENDED_REQUEST = struct.Struct(">IIQQQ")
+# The payload of a BLOCK_STATUS (P120): the length of the range, and ids of contexts.
+_RANGE_LENGTH = struct.Struct(">Q")
+_ID = struct.Struct(">I")
 
 # Plain integers: an enum member costs the hot path an attribute look-up each time.
-_HEADER_SIZE = REQUEST.size
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
 _FLUSH = int(Command.FLUSH)
 _WRITE_ZEROES = int(Command.WRITE_ZEROES)
 _BLOCK_STATUS = int(Command.BLOCK_STATUS)
-_DONE = int(ChunkFlag.DONE)
-_OFFSET_DATA = int(ChunkType.OFFSET_DATA)
-_NONE = int(ChunkType.NONE)
+_PAYLOAD_LEN = CommandFlag.PAYLOAD_LEN << 16
 
 
 class Refusal(NamedTuple):
@@ -137,8 +128,8 @@ class Transmission:
         self._view = memoryview(self._buffer)
         self._open = self._view  # what of it is received into
         self._kept = b""  # an incomplete header
-        self._unread_payload = 0  # bytes still to come of a WRITE payload that nobody wants; only while _kept is empty
-        self._draining: RawRequest | None = None  # the WRITE that it belongs to
+        self._unread_payload = 0  # bytes still to come of a payload that nobody wants; only while _kept is empty
+        self._draining: RawRequest | None = None  # the request that it belongs to
         self._writing: RawRequest | None = None  # the WRITE whose payload comes into memory of its own …
         self._head = _NO_PAYLOAD  # … what has come of that before there was memory
         self._memory = _NO_PAYLOAD  # … the memory
@@ -147,7 +138,13 @@ class Transmission:
         self._refusal: Refusal | None = None  # of everything, once it is in force
         self._coming_refusal: Refusal | None = None
         self._refused_commands = _refused_commands(negotiated)
-        self._refused_flags = _refused_flags(negotiated.flags)
+        self._refused_flags = _refused_flags(negotiated)
+        self._ids = frozenset(number for number, _ in negotiated.contexts)
+        self._magic = EXTENDED_REQUEST_MAGIC if negotiated.extended else REQUEST_MAGIC
+        self._request = _EXTENDED_REQUEST if negotiated.extended else _REQUEST
+        self._payload_flag = _PAYLOAD_LEN if negotiated.extended else 0
+        self.plain_write = _WRITE | self._payload_flag
+        """The operation of a WRITE without further flags."""
 
     def buffer(self) -> memoryview:
         """Where to receive into; never empty, valid until the next :meth:`received`."""
@@ -165,8 +162,9 @@ class Transmission:
         Returns:
             Every request that is complete, in order, unchecked but for its magic. A WRITE is among them once the last
             byte of its payload is there, for a client does not expect an answer to what it is still sending (P84); the
-            payload is then in ``payloads``, or nowhere if the WRITE will be refused. DISC is not among them, nor is
-            what follows it (P93).
+            payload is then in ``payloads``, or nowhere if the WRITE will be refused. So are the payloads of other
+            commands, but for BLOCK_STATUS (P120), which is returned as what it asks for. DISC is not among them, nor
+            is what follows it (P93).
 
         Raises:
             ProtocolError: sync with the client is lost, and no request before that is left to be returned.
@@ -182,21 +180,23 @@ class Transmission:
             self.resize(0)  # so that nothing counts as within the export, and everything is asked for its refusal
             self._refusal = self._coming_refusal
         buffer = self._buffer
-        unpack = REQUEST.unpack_from
+        unpack, header_size = self._request.unpack_from, self._request.size
+        magic, payload_flag = self._magic, self._payload_flag
         end = len(self._kept) + count
-        last = end - _HEADER_SIZE
+        last = end - header_size
         position = self._unread_payload
         self._open = self._view
         if self._draining is not None and position <= end:
             requests.append(self._draining)
-            self.payloads.append(_NO_PAYLOAD)
+            if self._draining[1] & 0xFFFF == _WRITE:
+                self.payloads.append(_NO_PAYLOAD)
             self._draining = None
         while position <= last:
             request: RawRequest = unpack(buffer, position)
-            position += _HEADER_SIZE
+            position += header_size
             operation = request[1]
-            if request[0] != REQUEST_MAGIC:
-                self.failure = ProtocolError(f"a request begins with {request[0]:#010x} instead of {REQUEST_MAGIC:#x}")
+            if request[0] != magic:
+                self.failure = ProtocolError(f"a request begins with {request[0]:#010x} instead of {magic:#x}")
                 position = end  # what follows is not parsed
                 break
             if operation:
@@ -212,6 +212,13 @@ class Transmission:
                     self.disconnected = True
                     position = end
                     break
+                elif operation & payload_flag:
+                    behind = self._take_payload(request, position, end, requests)
+                    if not behind:
+                        position -= header_size
+                        break
+                    position = behind
+                    continue
             requests.append(request)
         if position < end:
             self._kept = bytes(self._view[position:end])
@@ -225,17 +232,49 @@ class Transmission:
 
     def _begin_payload(self, request: RawRequest, position: int, end: int) -> int:
         """Part of a payload lies at ``position`` to ``end``; where what follows it will be, seen from there."""
-        _, operation, _, offset, length = request
+        length = request[4]
         if length > MAXIMUM_PAYLOAD:
             self.failure = ProtocolError(f"a WRITE of {length} bytes; the limit is {MAXIMUM_PAYLOAD}")
             return end
-        if self.refusal(operation, offset, length) is not None:
+        if self.refusal(request) is not None:
             self._draining = request
             return position + length
         self._writing = request
         self._head = self._view[position:end]
         self.wanted = length
         return end
+
+    def _take_payload(self, request: RawRequest, position: int, end: int, requests: list[RawRequest]) -> int:
+        """Add to ``requests`` one of another command than WRITE, whose payload begins at ``position``, when that has
+        come; where what follows it will be. 0 if the request has to be looked at again when more of it is there."""
+        _, operation, cookie, offset, length = request
+        behind = position + length
+        if length > MAXIMUM_PAYLOAD:
+            self.failure = ProtocolError(f"a payload of {length} bytes; the limit is {MAXIMUM_PAYLOAD}")
+            return end
+        if operation & 0xFFFF == _BLOCK_STATUS:
+            if length > _RANGE_LENGTH.size + 4 * len(self._ids):
+                request = (0, operation, cookie, offset, 0)
+            elif behind > end:
+                return 0
+            else:
+                request = self._status_request(request, self._view[position:behind])
+        if behind <= end:
+            requests.append(request)
+        else:
+            self._draining = request
+        return behind
+
+    def _status_request(self, request: RawRequest, payload: memoryview) -> RawRequest:
+        """A BLOCK_STATUS that says in its payload which range and contexts it asks for; nothing for a wrong one."""
+        _, operation, cookie, offset, length = request
+        selected = 0
+        if length > _RANGE_LENGTH.size and length % 4 == 0:
+            numbers = [number for (number,) in _ID.iter_unpack(payload[_RANGE_LENGTH.size :])]
+            if len(set(numbers)) == len(numbers) and self._ids.issuperset(numbers):
+                selected = sum(1 << number for number in numbers)
+                (length,) = _RANGE_LENGTH.unpack_from(payload)
+        return selected, operation, cookie, offset, length
 
     def provide(self, memory: memoryview) -> None:
         """Give the payload that waits for it ``memory`` of ``wanted`` bytes; it will be the one in ``payloads``."""
@@ -272,7 +311,7 @@ class Transmission:
             self._open = self._view[:_LITTLE]
         return [request]
 
-    def refusal(self, operation: int, offset: int, length: int) -> Refusal | None:
+    def refusal(self, request: RawRequest) -> Refusal | None:
         """Why this request has to be answered with an error; None if it is to be carried out.
 
         The one list of such reasons, in the order of P87: who may, how, where. A length of 0 is carried out by doing
@@ -280,6 +319,7 @@ class Transmission:
         """
         if self._refusal is not None:
             return self._refusal
+        selected, operation, _, offset, length = request
         command = operation & 0xFFFF
         refused_flags = self._refused_flags.get(command)
         if refused_flags is None:  # P82; DISC is none that is answered
@@ -290,6 +330,9 @@ class Transmission:
             return Refusal(Errno.EINVAL, _flags_text(command, operation >> 16 & refused_flags))
         if command == _FLUSH:  # offset and length mean nothing (P91)
             return None
+        if command == _BLOCK_STATUS and operation & _PAYLOAD_LEN and not selected:
+            text = "the payload is not the length of a range and ids of selected contexts, each of them once"
+            return Refusal(Errno.EINVAL, text)
         export = self.negotiated.export
         if offset + length > export.size:
             number = Errno.ENOSPC if command in (_WRITE, _WRITE_ZEROES) else Errno.EINVAL
@@ -312,14 +355,6 @@ class Transmission:
         """Have everything that is received from now on answered with ``refusal``; DISC is obeyed (P99)."""
         self._coming_refusal = refusal
 
-    def error_reply(self, cookie: int, errno: Errno, text: str) -> bytes:
-        """The whole answer to a request that failed; the text goes along if the client can take it (P102)."""
-        return error_chunk(cookie, errno, text) if self.negotiated.structured else simple_reply(cookie, errno)
-
-    def success_reply(self, cookie: int) -> bytes:
-        """The whole answer to a request that succeeded and returns no data: also to a READ of 0 bytes (P86, P102)."""
-        return none_chunk(cookie) if self.negotiated.structured else simple_reply(cookie)
-
 
 def _refused_commands(negotiated: Negotiated) -> dict[int, Refusal]:
     """The commands that this client may not use at all."""
@@ -334,106 +369,20 @@ def _refused_commands(negotiated: Negotiated) -> dict[int, Refusal]:
     return refused
 
 
-def _refused_flags(advertised: TransmissionFlag) -> dict[int, int]:
+def _refused_flags(negotiated: Negotiated) -> dict[int, int]:
     """For every command, the 16 flag bits that are unknown, do not apply or were not advertised (P83)."""
     withheld = CommandFlag(0)
     for command_flag, transmission_flag in _ADVERTISED_BY.items():
-        if transmission_flag not in advertised:
+        if transmission_flag not in negotiated.flags:
             withheld |= command_flag
-    return {command: 0xFFFF ^ int(rule.flags & ~withheld) for command, rule in _RULES.items()}
+    refused = {int(command): 0xFFFF ^ int(rule.flags & ~withheld) for command, rule in _RULES.items()}
+    if negotiated.extended:
+        refused[_WRITE] &= ~CommandFlag.PAYLOAD_LEN
+    if TransmissionFlag.BLOCK_STATUS_PAYLOAD in negotiated.flags:
+        refused[_BLOCK_STATUS] &= ~CommandFlag.PAYLOAD_LEN
+    return refused
 
 
 def _flags_text(command: int, flags: int) -> str:
     shown = CommandFlag(flags).name or hex(flags)
     return f"{Command(command).name} with flag {shown}: unknown, not offered, or not for this command"
-
-
-def simple_reply(cookie: int, errno: Errno | None = None) -> bytes:
-    """A simple reply; behind one to a READ that succeeded follows the data (P100)."""
-    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, errno or 0, cookie)
-
-
-def pack_simple_reply(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
-    """Write the reply to a success into ``buffer``, for a client without structured replies; behind it to a READ
-    follows the data."""
-    SIMPLE_REPLY.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, 0, cookie)
-
-
-def pack_none_chunk(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
-    """Write the whole reply to a WRITE that succeeded into ``buffer``, for a client with structured replies.
-
-    Without them it is what :func:`pack_simple_reply` writes; hence the same arguments.
-    """
-    CHUNK.pack_into(buffer, position, CHUNK_MAGIC, _DONE, _NONE, cookie, 0)
-
-
-def pack_data_chunk(buffer: bytearray, position: int, cookie: int, offset: int, length: int) -> None:
-    """Write the header of a READ that succeeded into ``buffer``, for a client with structured replies.
-
-    The chunk is the whole reply: ``length`` ≥ 1 bytes that can no longer fail (P114). Takes the same arguments as
-    :func:`pack_simple_reply`, so that the data path chooses once for each connection.
-    """
-    DATA_CHUNK.pack_into(buffer, position, CHUNK_MAGIC, _DONE, _OFFSET_DATA, cookie, _OFFSET.size + length, offset)
-
-
-def none_chunk(cookie: int) -> bytes:
-    """The chunk that ends a reply and says nothing else (P111)."""
-    return CHUNK.pack(CHUNK_MAGIC, ChunkFlag.DONE, ChunkType.NONE, cookie, 0)
-
-
-def data_chunk(cookie: int, offset: int, length: int, *, done: bool) -> bytes:
-    """The header of an OFFSET_DATA chunk; ``length`` ≥ 1 bytes of payload, from ``offset`` of the export, follow.
-
-    ``done`` only if no later error is possible (P114).
-    """
-    return DATA_CHUNK.pack(CHUNK_MAGIC, done, ChunkType.OFFSET_DATA, cookie, _OFFSET.size + length, offset)
-
-
-def hole_chunk(cookie: int, offset: int, length: int, *, done: bool) -> bytes:
-    """A whole OFFSET_HOLE chunk: ``length`` ≥ 1 bytes from ``offset`` read as zeros (P111, P116)."""
-    return _HOLE_CHUNK.pack(CHUNK_MAGIC, done, ChunkType.OFFSET_HOLE, cookie, 12, offset, length)
-
-
-def block_status_chunk(cookie: int, *, context_id: int, payload_length: int, done: bool) -> bytes:
-    """The header of a BLOCK_STATUS chunk, to be followed by the payload: one or more big-endian u32 pairs of length and
-    status (P111, P117). ``done`` with the last selected context."""
-    length = 4 + payload_length
-    return _BLOCK_STATUS_CHUNK.pack(CHUNK_MAGIC, done, ChunkType.BLOCK_STATUS, cookie, length, context_id)
-
-
-def error_chunk(cookie: int, errno: Errno, text: str, *, offset: int | None = None) -> bytes:
-    """A whole ERROR chunk, or ERROR_OFFSET if the failure has an ``offset`` in the export; it ends the reply (P111).
-
-    ``text`` is cut to what the protocol permits (P121).
-    """
-    message = bounded_text(text)
-    body = _ERROR.pack(errno, len(message)) + message
-    if offset is not None:
-        body += _OFFSET.pack(offset)
-    kind = ChunkType.ERROR if offset is None else ChunkType.ERROR_OFFSET
-    return CHUNK.pack(CHUNK_MAGIC, ChunkFlag.DONE, kind, cookie, len(body)) + body
-
-
-_WIRE_ERRNO = {
-    system_errno.EPERM: Errno.EPERM,
-    system_errno.EACCES: Errno.EPERM,
-    system_errno.EROFS: Errno.EPERM,
-    system_errno.EINVAL: Errno.EINVAL,
-    system_errno.EOPNOTSUPP: Errno.EINVAL,
-    system_errno.ENOSPC: Errno.ENOSPC,
-    system_errno.EDQUOT: Errno.ENOSPC,
-    system_errno.EFBIG: Errno.ENOSPC,
-    system_errno.ESHUTDOWN: Errno.ESHUTDOWN,
-}
-
-
-def wire_errno(error: OSError, *, fast_zero: bool = False) -> Errno:
-    """The error number that tells a client of ``error``: the one translation (P98).
-
-    ``fast_zero``: the request was a WRITE_ZEROES with FAST_ZERO, the only one that may be told ENOTSUP. Whatever else
-    is missing from the table is EIO; ENOMEM and EOVERFLOW too, although the protocol has numbers for them, because a
-    server should avoid the one, and the other tells the client that its request is too long.
-    """
-    if fast_zero and error.errno == system_errno.EOPNOTSUPP:
-        return Errno.ENOTSUP
-    return _WIRE_ERRNO.get(error.errno or system_errno.EIO, Errno.EIO)

@@ -34,7 +34,14 @@ class DirtyBitmap(Protocol):
 
 
 def encode_context(
-    context: str, device: BlockDevice, offset: int, length: int, *, bitmaps: Mapping[str, DirtyBitmap], limit: int
+    context: str,
+    device: BlockDevice,
+    offset: int,
+    length: int,
+    *,
+    bitmaps: Mapping[str, DirtyBitmap],
+    limit: int,
+    number: str,
 ) -> bytes:
     """What the export of ``device`` says of a range in a metadata context that it offers.
 
@@ -46,13 +53,15 @@ def encode_context(
     """
     if context.startswith(DIRTY_BITMAP):
         ranges = bitmaps[context[len(DIRTY_BITMAP) :]].ranges(offset, length)
-        return _encode(((start, dirty.astype(np.uint32), end) for start, dirty, end in ranges), limit=limit)
+        return _encode(
+            ((start, dirty.astype(np.uint32), end) for start, dirty, end in ranges), limit=limit, number=number
+        )
     flags_of = _FLAGS[context]
     statuses = _as_far_as_possible(device.status(offset, length))
-    return _encode(((status.start, flags_of(status), status.end) for status in statuses), limit=limit)
+    return _encode(((status.start, flags_of(status), status.end) for status in statuses), limit=limit, number=number)
 
 
-def _encode(chunks: Iterable[Ranges], *, limit: int) -> bytes:
+def _encode(chunks: Iterable[Ranges], *, limit: int, number: str) -> bytes:
     starts: list[Offsets] = []
     flags: list[NDArray[np.uint32]] = []
     count, end = 0, 0
@@ -69,7 +78,7 @@ def _encode(chunks: Iterable[Ranges], *, limit: int) -> bytes:
             break
     bounds = np.concatenate((*starts, np.array([end], dtype=np.uint64)))
     count = min(count, limit)
-    pairs = np.empty((count, 2), dtype=">u4")
+    pairs = np.empty((count, 2), dtype=number)
     pairs[:, 0] = np.diff(bounds)[:count]
     pairs[:, 1] = np.concatenate(flags)[:count]
     return pairs.tobytes()

@@ -5,17 +5,8 @@ from time import monotonic
 
 from nbdq.block import Piece
 from nbdq.nbd.constants import Command, CommandFlag, Errno
-from nbdq.nbd.transmission import (
-    DATA_CHUNK,
-    SIMPLE_REPLY,
-    RawRequest,
-    Transmission,
-    block_status_chunk,
-    pack_data_chunk,
-    pack_none_chunk,
-    pack_simple_reply,
-    wire_errno,
-)
+from nbdq.nbd.replies import StructuredReplies, replies_for, wire_errno
+from nbdq.nbd.transmission import RawRequest, Transmission
 from nbdq.server.contexts import encode_context
 from nbdq.server.counters import Counters
 from nbdq.server.export import Export
@@ -38,12 +29,8 @@ class Performer:
         self.counters = counters
         """What the client has done."""
         self._log = log.of(_log)
-        structured = transmission.negotiated.structured
-        self.pack_header = pack_data_chunk if structured else pack_simple_reply
-        self.header_size = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
-        """Bytes in front of the data of a READ."""
-        self.pack_success = pack_none_chunk if structured else pack_simple_reply
-        self.success_size = len(transmission.success_reply(0))
+        self.replies = replies_for(transmission.negotiated)
+        """How they are answered."""
 
     def charge(self, request: RawRequest) -> int:
         """Bytes that a request and its reply can have at most, and something for their objects."""
@@ -53,7 +40,7 @@ class Performer:
             return length + 512
         if command == Command.BLOCK_STATUS:
             extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
-            return extents * 8 * len(self._transmission.negotiated.contexts) + 512
+            return extents * 16 * len(self._transmission.negotiated.contexts) + 512
         return 512
 
     def answer(self, request: RawRequest) -> bytes | None:
@@ -62,16 +49,16 @@ class Performer:
         command = operation & COMMAND_MASK
         export, transmission = self._export, self._transmission
         begun = monotonic()
-        refusal = transmission.refusal(operation, offset, length)
+        refusal = transmission.refusal(request)
         if refusal is not None:
             self.counters.refused(command)
-            return transmission.error_reply(cookie, refusal.errno, refusal.text)
+            return self.replies.error(cookie, offset, refusal.errno, refusal.text)
         reply = None
         if command == Command.FLUSH:
             length = 0  # means nothing (P91)
-            reply = None if export.writing is not None else transmission.success_reply(cookie)
+            reply = None if export.writing is not None else self.replies.success(cookie, offset)
         elif not length:
-            reply = transmission.success_reply(cookie)
+            reply = self.replies.success(cookie, offset)
         elif command == Command.BLOCK_STATUS and export.device.status_cached(offset, length):
             reply = self.status_or_error(request)
         if reply is not None:
@@ -101,16 +88,16 @@ class Performer:
 
     def success(self, request: RawRequest) -> list[Piece]:
         """The reply to a request that succeeded and returns no data."""
-        return [memoryview(self._transmission.success_reply(request[2]))]
+        return [memoryview(self.replies.success(request[2], request[3]))]
 
     def _read(self, cookie: int, offset: int, length: int) -> list[Piece]:
         if length >= SENDFILE_LENGTH:
-            header = bytearray(self.header_size)
-            self.pack_header(header, 0, cookie, offset, length)
+            header = bytearray(self.replies.header_size)
+            self.replies.pack_header(header, 0, cookie, offset, length)
             return [memoryview(header), *self._export.device.gather(offset, length)]
-        reply = bytearray(self.header_size + length)
-        self._export.device.read_into(offset, memoryview(reply)[self.header_size :])
-        self.pack_header(reply, 0, cookie, offset, length)
+        reply = bytearray(self.replies.header_size + length)
+        self._export.device.read_into(offset, memoryview(reply)[self.replies.header_size :])
+        self.replies.pack_header(reply, 0, cookie, offset, length)
         return [memoryview(reply)]
 
     def _change(self, operation: int, offset: int, length: int, payload: memoryview | None) -> None:
@@ -131,15 +118,22 @@ class Performer:
         _, operation, cookie, offset, length = request
         limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else STATUS_EXTENTS
         contexts = self._transmission.negotiated.contexts
+        replies = self.replies
+        assert isinstance(replies, StructuredReplies)
         reply = bytearray()
         try:
             for number, name in contexts:
-                pairs = encode_context(
-                    name, self._export.device, offset, length, bitmaps=self._export.bitmaps, limit=limit
+                extents = encode_context(
+                    name,
+                    self._export.device,
+                    offset,
+                    length,
+                    bitmaps=self._export.bitmaps,
+                    limit=limit,
+                    number=replies.status_number,
                 )
                 done = number == contexts[-1][0]
-                reply += block_status_chunk(cookie, context_id=number, payload_length=len(pairs), done=done)
-                reply += pairs
+                reply += replies.status(cookie, offset, extents, context_id=number, done=done)
         except Exception as error:
             return self.error_reply(request, error)
         return bytes(reply)
@@ -154,6 +148,6 @@ class Performer:
             number = wire_errno(error, fast_zero=bool(operation >> 16 & CommandFlag.FAST_ZERO))
             if number is not Errno.ENOTSUP:  # which is what a FAST_ZERO wants to know
                 self._log.warning("%s of %d bytes at %d: %s", name, length, offset, error)
-            return self._transmission.error_reply(cookie, number, error.strerror or "I/O error")
+            return self.replies.error(cookie, offset, number, error.strerror or "I/O error")
         self._log.error("%s of %d bytes at %d", name, length, offset, exc_info=error)
-        return self._transmission.error_reply(cookie, Errno.EIO, "internal error")
+        return self.replies.error(cookie, offset, Errno.EIO, "internal error")

@@ -301,8 +301,9 @@ class Session:
         maximum_length = negotiated.maximum_block
         size = negotiated.size  # a disk that grows is larger before it is ready
         performer, pending, payloads = self._performer, self._pending, self._transmission.payloads
-        pack_header, header_size = performer.pack_header, performer.header_size
-        pack_success, success_size = performer.pack_success, performer.success_size
+        pack_header, header_size = performer.replies.pack_header, performer.replies.header_size
+        pack_success, success_size = performer.replies.pack_success, performer.replies.success_size
+        plain_write = self._transmission.plain_write
         begun = monotonic()
         inline = 0  # bytes that a write may have to be carried out here
         fixed = writing is None
@@ -341,7 +342,7 @@ class Session:
                         gathered += length
                         backlog.popleft()
                         continue
-            elif operation == _WRITE and 0 < length <= inline and offset + length <= size:
+            elif operation == plain_write and 0 < length <= inline and offset + length <= size:
                 if data > ARENA_SIZE:
                     break
                 try:

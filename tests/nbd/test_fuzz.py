@@ -176,7 +176,7 @@ def test_a_random_request_is_refused_or_lies_inside_the_export(seed: int) -> Non
         operation = chance.choice([chance.getrandbits(32), chance.randrange(10), 1 << chance.randrange(32)])
         offset = chance.choice([*edges, chance.getrandbits(64)])
         length = min(chance.choice([*edges, chance.getrandbits(32)]), (1 << 32) - 1)
-        refusal = transmission.refusal(operation, offset, length)
+        refusal = transmission.refusal((0, operation, 0, offset, length))
         shown = f"seed {seed}: {operation:#x} {offset} {length}"
         if refusal is None:
             assert operation & 0xFFFF in (0, 1, 3, 4, 5, 6, 7), shown
@@ -184,4 +184,3 @@ def test_a_random_request_is_refused_or_lies_inside_the_export(seed: int) -> Non
             assert operation & 0xFFFF > 1 or length <= 32 << 20, shown
         else:
             assert refusal.errno in (22, 28), shown
-            transmission.error_reply(0, refusal.errno, refusal.text)

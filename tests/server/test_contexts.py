@@ -54,7 +54,7 @@ def extents(
     context: str, disk: PieceDisk, length: int, *, limit: int = 100, bitmaps: dict[str, DirtyBitmap] | None = None
 ) -> list[tuple[int, int]]:
     """(length, flags) pairs as the client decodes them; neighbours must differ."""
-    data = encode_context(context, disk, 4 * K, length, bitmaps=bitmaps or {}, limit=limit)
+    data = encode_context(context, disk, 4 * K, length, bitmaps=bitmaps or {}, limit=limit, number=">u4")
     pairs = list(struct.iter_unpack(">II", data))
     assert all(a[1] != b[1] for a, b in pairwise(pairs))
     return pairs
