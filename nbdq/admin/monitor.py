@@ -80,10 +80,18 @@ class Monitor:
         """Bytes that wait for clients to take them."""
         return sum(client.backlog for client in self._clients)
 
-    async def stop(self) -> None:
-        """Let nobody in, carry out what has begun, and say good-bye. On return no command is in progress."""
+    async def stop(self, *, within: float) -> None:
+        """Let nobody in, carry out what has begun, for at most ``within`` seconds, and say good-bye. On return no command
+        is in progress."""
         self._listener.close()
+        deadline = self._loop.call_later(within, self.hurry)
         await asyncio.gather(*(client.stop() for client in list(self._clients)))
+        deadline.cancel()
+
+    def hurry(self) -> None:
+        """Cancel the commands of clients that were told to :meth:`stop`."""
+        for client in self._clients:
+            client.hurry()
 
     def _accept(self, sock: socket.socket, address: object) -> bool:
         try:
@@ -121,6 +129,7 @@ class _Client:
         self._taken = asyncio.Event()
         self._receiving: asyncio.Future[bytes] | None = None
         self._leaving = False
+        self._is_busy = False  # a command is in hand
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Serve it from now on."""
@@ -150,6 +159,12 @@ class _Client:
         self._leave()
         await asyncio.wait([self._reader])
 
+    def hurry(self) -> None:
+        """Carry out nothing any more: cancel the command in hand, which is taken back as if it had failed."""
+        if self._leaving and self._is_busy:
+            _log.warning("admin: %s: a command is cancelled, because the server ends", self._context.peer)
+            self._reader.cancel()
+
     def _leave(self) -> None:
         self._leaving = True
         self._taken.set()
@@ -169,7 +184,10 @@ class _Client:
                     allowance -= 1
                     if self._leaving:
                         break
-                    await self._reply(await self._answer(request))
+                    self._is_busy = True
+                    answer = await self._answer(request)
+                    self._is_busy = False
+                    await self._reply(answer)
         except wire.TooLarge as error:
             self._send(wire.error(wire.GENERIC_ERROR, str(error), {}))
             _log.warning("admin: %s: %s", self._context.peer, error)

@@ -102,11 +102,19 @@ class Administration:
             for job in self._state.disk(volume.name).jobs:
                 await self._start_again(volume, job)
 
-    async def stop(self) -> None:
-        """Let administrators go, stop jobs; those that persist go on with the next server. No thread is left."""
+    async def stop(self, *, within: float) -> None:
+        """Let administrators go, stop jobs; those that persist go on with the next server. No thread is left.
+
+        Commands that have begun may take ``within`` seconds, unless they are told to :meth:`hurry`.
+        """
         if self.monitor is not None:
-            await self.monitor.stop()
+            await self.monitor.stop(within=within)
         await self.jobs.stop()
+
+    def hurry(self) -> None:
+        """Cancel the commands that :meth:`stop` waits for."""
+        if self.monitor is not None:
+            self.monitor.hurry()
 
     def close(self) -> None:
         """Close the socket, and let others have the state file."""

@@ -27,6 +27,10 @@ class Member(Protocol):
         """End when everything accepted is answered."""
         ...
 
+    def refuse(self) -> None:
+        """Answer with errors what is not yet accepted, until the client leaves."""
+        ...
+
     def abort(self, ending: Ending = ...) -> None:
         """End at once."""
         ...

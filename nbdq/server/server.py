@@ -125,25 +125,41 @@ class Server:
             connection.abort(_DISPLACED)
         self._adjust_accepting()
 
-    async def stop(self) -> None:
-        """Listen no more, let connections finish what they have begun, cut those that take too long (P99, R-76).
-
-        On return no thread touches a device any more.
-        """
+    def admit_nobody(self) -> None:
+        """Listen no more: who comes now is for the next server. Idempotent."""
         for listener in self._listeners:
             listener.close()
+
+    def hurry(self, seconds: float) -> None:
+        """Cut in so many seconds whoever is still there, whatever :meth:`stop` is at."""
+        self._resources.loop.call_later(seconds, self._cut)
+
+    def _cut(self) -> None:
+        if self.census:
+            _log.warning("%d connections did not finish in time", len(self.census))
+        for connection in self.census:
+            connection.abort()
+
+    async def stop(self, *, refuse: bool = False) -> None:
+        """Listen no more, let connections finish what they have begun, cut those that take too long (P99, R-76).
+
+        Connections are closed when everything accepted is answered: who connects again asks the next server for the
+        rest, and has lost nothing. ``refuse``: there will be none, so whatever clients still ask for is answered with
+        ESHUTDOWN, until they have left. On return no thread touches a device any more.
+        """
+        self.admit_nobody()
         if self._crowded is not None:
             self._crowded.cancel()
         for export in self._exports.by_id.values():
             export.gate.pause.end()
             export.resume()  # what clients have sent is answered, although they were to be held back for longer
         for connection in self.census:
-            connection.shut_down()
-        try:
-            await asyncio.wait_for(self._idle.wait(), self.limits.drain_seconds)
-        except TimeoutError:
-            _log.warning("%d connections did not finish in time", len(self.census))
-            for connection in self.census:
-                connection.abort()
+            if refuse:
+                connection.refuse()
+            else:
+                connection.shut_down()
+        deadline = self._resources.loop.call_later(self.limits.drain_seconds, self._cut)
+        await self._idle.wait()
+        deadline.cancel()
         self.lag.close()
         self._pool.close()

@@ -187,7 +187,7 @@ class AdminServer:
         await self.administration.start(self.volumes, Exports([]), self._stop.set)  # type: ignore[arg-type]
         self._ready.set()
         await self._stop.wait()
-        await self.administration.stop()
+        await self.administration.stop(within=30)
 
     async def _start_job(self, context: Context, arguments: StartJob) -> Reply:
         volume: Any = context.volumes.volume(arguments.device)
