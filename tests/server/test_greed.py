@@ -47,7 +47,7 @@ def test_clients_that_never_read_get_no_more_memory_than_the_budgets_allow(loop:
 def test_clients_that_never_read_do_not_make_the_server_outgrow_its_cap(
     disk: MemoryDisk, length: int, count: int
 ) -> None:
-    limits = Limits()
+    limits = Limits(peer_connections=0, export_connections=0)
     said = b"".join(request(READ, 1 << 63 | number, (number << 12) % (4 << 20), length) for number in range(4000))
     exports = (UNCACHED, Export.read_only(GREEDY, disk))
     with LoopServer(*exports, limits=limits) as server, HealthyClient(server.address, CONTENT) as healthy:
@@ -179,7 +179,7 @@ def test_work_for_a_client_that_is_gone_is_not_done(loop: str) -> None:
 def test_five_hundred_clients_that_send_single_bytes_disturb_nobody(
     loop: str, disk: MemoryDisk, many_descriptors: None
 ) -> None:
-    limits = Limits(handshake_seconds=10 * PATIENCE, pending_handshakes=600)
+    limits = Limits(handshake_seconds=10 * PATIENCE, pending_handshakes=600, peer_connections=0, export_connections=0)
     served = LoopServer(Export.read_only("", disk), loop=loop, limits=limits)
     with served as server, HealthyClient(server.address, disk.content) as healthy:
         clients = [server.connect() for _ in range(500)]
