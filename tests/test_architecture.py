@@ -116,9 +116,9 @@ RESERVED: dict[str, set[str]] = {
     "io": {"nbdq.cli"},
     "mmap": set(),  # a truncated image would kill the server with SIGBUS
     "pathlib": {"nbdq.cli"},
-    "shutil": set(),
+    "shutil": {"nbdq.cli.captive"},
     "subprocess": set(),
-    "tempfile": set(),
+    "tempfile": {"nbdq.cli.captive"},
     "pickle": set(),
     # The wire protocol is a pure function of bytes.
     "threading": {"nbdq.pool", "nbdq.chain", "nbdq.qcow2", "nbdq.storage", "nbdq.ops", *SHELL},
@@ -134,7 +134,7 @@ FILE_IO = {
 MAY_DO_FILE_IO = {
     "nbdq.storage",
     "nbdq.chain.policy",  # walks to a file without following links, and hands its descriptor to FileStorage
-    "nbdq.cli.running",  # the pid file
+    *("nbdq.cli.lifecycle", "nbdq.cli.detach"),  # the pid file, and descriptors that others wait at
 }
 
 LONGEST_MODULE = 450

@@ -16,7 +16,7 @@ from nbdq.admin.service import Administration
 from nbdq.admin.state import State, hold
 from nbdq.cli.options import Mode
 from nbdq.errors import ExportError, printable
-from nbdq.server.listener import listen_unix
+from nbdq.server.listener import Listener, listen_unix
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -118,10 +118,12 @@ def admin_settings(
     return AdminSettings(admin, admin_mode, admin_users, admin_group, state, volume_policy)
 
 
-def open_administration(settings: AdminSettings) -> Administration:
-    """Listen for administrators, if there are to be any, and read what the last server left behind.
+def open_administration(settings: AdminSettings, listener: Listener | None = None) -> Administration:
+    """Listen for administrators, if there are to be any, on the ``listener`` if it was opened for us, and read what the
+    last server left behind.
 
     Raises:
+        click.UsageError: there is a socket in the settings, and one that was opened for us, too; or that is none of unix.
         ExportError: the socket cannot be made.
         StateError, PolicyError, OSError: a file cannot be used.
     """
@@ -130,8 +132,12 @@ def open_administration(settings: AdminSettings) -> Administration:
     with ExitStack() as undo:
         held = None if settings.state is None else undo.enter_context(closing(hold(settings.state)))
         records = State(settings.state)
-        listener = None
-        if settings.socket is not None:
+        if listener is not None:
+            undo.enter_context(closing(listener))
+            if settings.socket is not None or listener.path is None:
+                text = "administrators come to the unix socket that socket activation names admin; leave out --admin"
+                raise click.UsageError(text)
+        elif settings.socket is not None:
             listener = undo.enter_context(closing(listen_unix(settings.socket, mode=settings.mode)))
             _give_to_group(settings.socket, settings.group)
         undo.pop_all()  # they are the administration's now

@@ -1,44 +1,55 @@
 """A server from its settings: everything opened before anybody can connect, and closed in the end, come what may."""
 
 import asyncio
-import logging
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, closing
 
 import uvloop
 
 from nbdq.admin.service import Administration
 from nbdq.chain.clusters import ClusterCache
 from nbdq.cli.administration import open_administration
+from nbdq.cli.caller import Caller
+from nbdq.cli.captive import run_command, variables
+from nbdq.cli.lifecycle import StartSettings, process_id_in
+from nbdq.cli.listeners import one_of_role, open_listeners
 from nbdq.cli.logs import configure_logging
-from nbdq.cli.settings import ListenSettings, Settings
+from nbdq.cli.settings import Settings
+from nbdq.cli.signals import StopSignals
 from nbdq.cli.volumes import open_volumes
-from nbdq.errors import ExportError, printable
-from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.export import Exports
-from nbdq.server.listener import Listener, listen_tcp, listen_unix
+from nbdq.server.listener import Listener
 from nbdq.server.server import Server
 from nbdq.server.volume import Volume
 from nbdq.storage import share_one_heap
 
-_log = logging.getLogger(__name__)
+#: What a second signal leaves of the time for an end in peace.
+_HURRY_SECONDS = 2.0
+#: What we ask of a service manager for the rest, when nobody is served any more: as long as a disk may take to write
+#: out everything that it holds in memory.
+_SAVE_SECONDS = 300.0
 
 
-def run(settings: Settings) -> None:
-    """Serve until a signal or an administrator says stop; then everything written is durable (R-76).
+def run(settings: Settings, start: StartSettings | None = None) -> int:
+    """Serve until a signal or an administrator says stop, or the command of ``start`` has ended; then everything written
+    is durable (R-76).
+
+    Returns:
+        The exit status: 0, or that of the command.
 
     Raises:
         ImageError, ExportError, StateError, PolicyError, OSError: something cannot be opened, or saved in the end.
+        click.UsageError: settings contradict the sockets of socket activation.
+        SystemExit: a signal ended the start; or this process was only to put a server into the background.
     """
+    start = start or StartSettings()
     configure_logging(verbosity=settings.log.verbosity, log_format=settings.log.format)
+    caller = Caller(start)
     share_one_heap()
     exports = Exports()
     clusters = ClusterCache(budget=settings.limits.inflated_bytes)
     with (
-        closing(open_administration(settings.admin)) as administrators,
+        StopSignals() as signals,
+        closing(open_administration(settings.admin, one_of_role(caller.sockets, "admin"))) as administrators,
         open_volumes(
             settings.export,
             exports,
@@ -46,67 +57,56 @@ def run(settings: Settings) -> None:
             top_of=administrators.top_of,
             index_bytes=settings.limits.index_bytes,
         ) as volumes,
+        ExitStack() as undo,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(_serve(settings, exports, volumes, administrators, _listen(settings.listen)))
-
-
-def _listen(places: tuple[ListenSettings, ...]) -> list[Listener]:
-    listeners: list[Listener] = []
-    try:
-        for place in places:
-            if place.socket is not None:
-                listeners.append(listen_unix(place.socket, mode=place.mode))
-            else:
-                listeners += listen_tcp(place.address, DEFAULT_PORT if place.port is None else place.port)
-    except BaseException:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
+        listeners = open_listeners(settings.listen, caller.sockets, captive=start.run is not None, undo=undo)
+        return runner.run(_serve(settings, start, exports, volumes, administrators, listeners, caller, signals))
 
 
 async def _serve(
     settings: Settings,
+    start: StartSettings,
     exports: Exports,
     volumes: list[Volume],
     administrators: Administration,
     listeners: list[Listener],
-) -> None:
-    loop = asyncio.get_running_loop()
+    caller: Caller,
+    signals: StopSignals,
+) -> int:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     server = Server(exports, listeners, settings.limits)
+
+    def on_signal(count: int) -> None:
+        stop.set()
+        if count > 1:
+            server.hurry(_HURRY_SECONDS)
+            asyncio.get_running_loop().call_later(_HURRY_SECONDS, administrators.hurry)
+
+    signals.deliver(on_signal)
+    patience = settings.limits.drain_seconds
     try:
         await administrators.start(volumes, exports, stop.set)
         try:
             server.start()
-            with _process_id_in(settings.server.pid_file):
-                for listener in listeners:
-                    for name in exports.by_name:
-                        print(listener.uri(name), flush=True)
+            with process_id_in(settings.server.pid_file):
+                caller.tell_ready(listener.uri(name) for listener in listeners for name in exports.by_name)
+                caller.notifier.start(lambda: _status(exports))
+                if start.run is not None:
+                    name = next(iter(exports.by_name), "")
+                    return await run_command(start.run, variables(listeners[0], name), stop)
                 await stop.wait()
+                return 0
         finally:
-            await administrators.stop()
+            caller.notifier.stopping("waiting for clients to finish", within=2 * patience + _SAVE_SECONDS)
+            server.admit_nobody()
+            await administrators.stop(within=patience)
     finally:
-        await server.stop()
+        await server.stop(refuse=settings.server.on_stop == "refuse")
+        caller.notifier.stopping("saving what was written", within=_SAVE_SECONDS)
+        signals.ignore()
 
 
-@contextmanager
-def _process_id_in(path: str | None) -> Iterator[None]:
-    """Keep our process id in the file at ``path``, if there is to be one, for as long as clients can connect."""
-    if path is None:
-        yield
-        return
-    try:
-        Path(path).write_text(f"{os.getpid()}\n")
-    except OSError as error:
-        raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        try:
-            Path(path).unlink(missing_ok=True)
-        except OSError as error:
-            _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
+def _status(exports: Exports) -> str:
+    clients = sum(export.connection_count for export in exports.by_id.values())
+    return f"{len(exports.by_name)} exports, {clients} clients"

@@ -1,15 +1,17 @@
 """``nbdq serve``: the options, and what settings they make."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import click
 
 from nbdq.cli.administration import admin_settings, administration_options
+from nbdq.cli.lifecycle import lifecycle_options, server_settings, start_settings
 from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
 from nbdq.cli.running import run
-from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, ServerSettings, Settings
+from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
 from nbdq.cli.volumes import export_names, one_each
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.writing import DetectZeroes
@@ -84,7 +86,7 @@ _Result = TypeVar("_Result")
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
 @administration_options
-@click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect.")
+@lifecycle_options
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
@@ -94,21 +96,23 @@ _Result = TypeVar("_Result")
 )
 @click.option("-v", "--verbose", count=True, help="Log clients; twice: everything.")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
-def serve_command(images: tuple[str, ...], pid_file: str | None, persistent: bool, **options: Any) -> None:
+def serve_command(images: tuple[str, ...], persistent: bool, **options: Any) -> None:
     """Serve each IMAGE, with its whole chain, as an NBD export.
 
     Clients can write to IMAGE, never to what is below it. Prints the URI of each export when clients can connect.
     SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
-    run(
+    status = run(
         Settings(
             listen=_from(listeners, options),
             export=_from(exports, {**options, "images": images}),
             admin=_from(admin_settings, options),
             log=_from(log_settings, options),
-            server=ServerSettings(pid_file),
-        )
+            server=_from(server_settings, options),
+        ),
+        _from(start_settings, options),
     )
+    sys.exit(status)
 
 
 def _from(settings: Callable[..., _Result], options: dict[str, Any]) -> _Result:
@@ -117,9 +121,9 @@ def _from(settings: Callable[..., _Result], options: dict[str, Any]) -> _Result:
 
 
 def listeners(socket: str | None, bind: str | None, port: int | None, socket_mode: int) -> tuple[ListenSettings, ...]:
-    """A unix socket, TCP, or both; TCP unless told otherwise."""
+    """A unix socket, TCP, or both; none if nothing is said."""
     places = [] if socket is None else [ListenSettings(socket, socket_mode)]
-    if socket is None or bind is not None or port is not None:
+    if bind is not None or port is not None:
         places.append(ListenSettings(address=bind or "127.0.0.1", port=port))
     return tuple(places)
 

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Annotated, Literal
 
 from nbdq.cli.administration import AdminSettings
+from nbdq.cli.lifecycle import ServerSettings
 from nbdq.cli.options import Mode, Size
 from nbdq.server.limits import Limits
 
@@ -77,18 +78,12 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
-class ServerSettings:
-    """The process."""
-
-    pid_file: str | None = None
-    """Where the process id is, while clients can connect."""
-
-
-@dataclass(frozen=True)
 class Settings:
     """A server; each field is a section."""
 
-    listen: tuple[ListenSettings, ...] = (ListenSettings(),)
+    listen: tuple[ListenSettings, ...] = ()
+    """If there are none: the sockets of socket activation, or a private one for ``--run``, or TCP as ListenSettings has
+    it by default."""
     export: tuple[ExportSettings, ...] = ()
     admin: AdminSettings = field(default_factory=AdminSettings)
     limits: Limits = field(default_factory=Limits)
