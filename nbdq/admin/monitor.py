@@ -81,8 +81,8 @@ class Monitor:
         return sum(client.backlog for client in self._clients)
 
     async def stop(self, *, within: float) -> None:
-        """Let nobody in, carry out what has begun, for at most ``within`` seconds, and say good-bye. On return no command
-        is in progress."""
+        """Let nobody in, carry out what has begun, for at most ``within`` seconds, and say good-bye. On return no
+        command is in progress."""
         self._listener.close()
         deadline = self._loop.call_later(within, self.hurry)
         await asyncio.gather(*(client.stop() for client in list(self._clients)))

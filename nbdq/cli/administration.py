@@ -123,7 +123,7 @@ def open_administration(settings: AdminSettings, listener: Listener | None = Non
     last server left behind.
 
     Raises:
-        click.UsageError: there is a socket in the settings, and one that was opened for us, too; or that is none of unix.
+        click.UsageError: there is a socket in the settings, and one that was opened for us, too; or that is on TCP.
         ExportError: the socket cannot be made.
         StateError, PolicyError, OSError: a file cannot be used.
     """

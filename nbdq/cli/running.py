@@ -30,8 +30,8 @@ _SAVE_SECONDS = 300.0
 
 
 def run(settings: Settings, start: StartSettings | None = None) -> int:
-    """Serve until a signal or an administrator says stop, or the command of ``start`` has ended; then everything written
-    is durable (R-76).
+    """Serve until a signal or an administrator says stop, or the command of ``start`` has ended; then everything
+    written is durable (R-76).
 
     Returns:
         The exit status: 0, or that of the command.
