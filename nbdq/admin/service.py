@@ -50,6 +50,8 @@ class Administration:
         self._policies = policies
         self._listener = listener
         self._access = access
+        self.monitor: Monitor | None = None
+        self.jobs = Jobs(state, self._emit)
 
     def top_of(self, name: str, image: str, *, format: str, policy: Policy) -> tuple[str, str, Policy]:
         """The image to open for the disk ``name``, its format, and what its chain may consist of.
@@ -71,7 +73,6 @@ class Administration:
         """
         self._volumes = Volumes(volumes)
         exports.on_deleted = lambda export: self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
-        self.jobs = Jobs(self._state, self._emit)
         self._context = Context(
             volumes=self._volumes,
             exports=exports,
@@ -83,7 +84,6 @@ class Administration:
             quit=quit,
             peer=Peer(os.getpid(), os.geteuid(), os.getegid()),
         )
-        self.monitor: Monitor | None = None
         try:
             await self._recover()
         except BaseException:

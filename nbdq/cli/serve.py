@@ -9,6 +9,7 @@ import click
 
 from nbdq.cli.administration import admin_settings, administration_options
 from nbdq.cli.lifecycle import lifecycle_options, server_settings, start_settings
+from nbdq.cli.metrics import metrics_options, metrics_settings
 from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
 from nbdq.cli.running import run
 from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
@@ -86,6 +87,7 @@ _Result = TypeVar("_Result")
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
 @administration_options
+@metrics_options
 @lifecycle_options
 @click.option(
     "--log-format",
@@ -102,17 +104,19 @@ def serve_command(images: tuple[str, ...], persistent: bool, **options: Any) -> 
     Clients can write to IMAGE, never to what is below it. Prints the URI of each export when clients can connect.
     SIGTERM or SIGINT ends it cleanly; everything written is durable then.
     """
-    status = run(
-        Settings(
-            listen=_from(listeners, options),
-            export=_from(exports, {**options, "images": images}),
-            admin=_from(admin_settings, options),
-            log=_from(log_settings, options),
-            server=_from(server_settings, options),
-        ),
-        _from(start_settings, options),
+    sys.exit(
+        run(
+            Settings(
+                listen=_from(listeners, options),
+                export=_from(exports, {**options, "images": images}),
+                admin=_from(admin_settings, options),
+                metrics=_from(metrics_settings, options),
+                log=_from(log_settings, options),
+                server=_from(server_settings, options),
+            ),
+            _from(start_settings, options),
+        )
     )
-    sys.exit(status)
 
 
 def _from(settings: Callable[..., _Result], options: dict[str, Any]) -> _Result:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from nbdq.cli.administration import AdminSettings
 from nbdq.cli.lifecycle import ServerSettings
+from nbdq.cli.metrics import MetricsSettings
 from nbdq.cli.options import Mode, Size
 from nbdq.server.limits import Limits
 
@@ -87,5 +88,6 @@ class Settings:
     export: tuple[ExportSettings, ...] = ()
     admin: AdminSettings = field(default_factory=AdminSettings)
     limits: Limits = field(default_factory=Limits)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
     server: ServerSettings = field(default_factory=ServerSettings)

@@ -14,6 +14,16 @@ class Budget:
         self._free = self._total = total
         self._waiting: dict[Callable[[], None], int] = {}  # who is to be called back, and the bytes that it wants
 
+    @property
+    def total(self) -> int:
+        """All there is."""
+        return self._total
+
+    @property
+    def taken(self) -> int:
+        """What is reserved; with what was overdrawn, it may be more than all there is."""
+        return self._total - self._free
+
     def take(self, count: int, retry: Callable[[], None], *, overdraw: bool = False) -> bool:
         """Reserve ``count`` bytes; if that is not possible now, False, and ``retry`` is called once, later.
 

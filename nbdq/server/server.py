@@ -54,6 +54,11 @@ class Server:
         """Called whenever the last connection has ended."""
 
     @property
+    def resources(self) -> Resources:
+        """What its connections share."""
+        return self._resources
+
+    @property
     def limits(self) -> Limits:
         """What holds now."""
         return self._resources.limits

@@ -1,0 +1,121 @@
+"""The options of ``nbdq serve`` that let monitoring in, and the pages it finds there."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import click
+
+from nbdq.chain.clusters import ClusterCache
+from nbdq.cli.options import Mode
+from nbdq.errors import ExportError, printable
+from nbdq.server.http import HttpServer, Page
+from nbdq.server.listener import Listener, listen_tcp, listen_unix
+from nbdq.server.server import Server
+from nbdq.server.volume import Volume
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class MetricsSettings:
+    """Where monitoring finds the pages /metrics, /healthz and /readyz."""
+
+    listen: str | None = None
+    """``ADDRESS:PORT``, ``:PORT`` for the loopback, or the path of a unix socket. Nowhere if it is not given."""
+    mode: Annotated[int, Mode()] = 0o600
+    """File mode of the unix socket."""
+
+
+def metrics_options(function: _Function) -> _Function:
+    """The options that :func:`metrics_settings` takes."""
+    for option in reversed(
+        (
+            click.option(
+                "--metrics",
+                metavar="ADDRESS:PORT|PATH",
+                help="Serve /metrics (Prometheus), /healthz and /readyz here by HTTP; an empty address is 127.0.0.1.",
+            ),
+            click.option(
+                "--metrics-mode",
+                type=Mode(),
+                default="0600",
+                show_default=True,
+                help="File mode of the unix socket of --metrics.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def metrics_settings(metrics: str | None, metrics_mode: int) -> MetricsSettings:
+    """What the options of :func:`metrics_options` say."""
+    return MetricsSettings(metrics, metrics_mode)
+
+
+def listen_for_monitoring(settings: MetricsSettings, undo: ExitStack) -> list[Listener]:
+    """The sockets that are wanted, none if there is to be no monitoring; ``undo`` closes them.
+
+    Raises:
+        ExportError: they cannot be had.
+    """
+    if settings.listen is None:
+        return []
+    if "/" in settings.listen:
+        listeners = [listen_unix(settings.listen, mode=settings.mode)]
+    else:
+        listeners = listen_tcp(*_host_and_port(settings.listen))
+    for listener in listeners:
+        undo.callback(listener.close)
+    return listeners
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    address, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+        raise ExportError(
+            f"metrics: {printable(text)} is neither ADDRESS:PORT, such as 127.0.0.1:9809, nor a path with a /"
+        )
+    return address.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+class Monitoring:
+    """The pages of one server. Loop thread only."""
+
+    def __init__(
+        self,
+        listeners: list[Listener],
+        server: Server,
+        volumes: Iterable[Volume],
+        clusters: ClusterCache,
+        jobs: Callable[[], Iterable[dict[str, Any]]],
+    ) -> None:
+        """Answer from now on at ``listeners``, which are ours; without any, do nothing. ``jobs`` tells of each job as
+        QEMU's JobInfo does."""
+        self.is_ready = False
+        """Whether clients can connect, to all that is to be there: what /readyz says."""
+        pages: dict[str, Callable[[], Awaitable[Page]]] = {"/healthz": self._health, "/readyz": self._readiness}
+        if listeners:
+            from nbdq.server.metrics import CONTENT_TYPE, Metrics  # takes 50 ms, for which nobody else has to wait
+
+            metrics = Metrics(server, volumes, clusters, jobs)
+
+            async def numbers() -> Page:
+                return Page(await metrics.page(), content_type=CONTENT_TYPE)
+
+            pages["/metrics"] = numbers
+        self._http = HttpServer(listeners, pages)
+        self._http.start()
+
+    async def _health(self) -> Page:
+        return Page(b"ok\n")
+
+    async def _readiness(self) -> Page:
+        return Page(b"ready\n") if self.is_ready else Page(b"not ready\n", 503)
+
+    async def stop(self) -> None:
+        """Answer no more."""
+        self.is_ready = False
+        await self._http.stop()
