@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -125,14 +124,14 @@ def process_id_in(path: str | None) -> Iterator[None]:
         return
     line = f"{os.getpid()}\n"
     try:
-        _write_whole(path, line)
+        is_ours = _write_whole(path, line)
     except OSError as error:
         raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
     try:
         yield
     finally:
         try:
-            if _is_regular(path) and _content(path) == line:
+            if is_ours and _content(path) == line:
                 os.unlink(path)
         except FileNotFoundError:
             pass
@@ -140,11 +139,12 @@ def process_id_in(path: str | None) -> Iterator[None]:
             _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
 
 
-def _write_whole(path: str, text: str) -> None:
-    if os.path.exists(path) and not _is_regular(path):  # a pipe, a device: nothing to be replaced
+def _write_whole(path: str, text: str) -> bool:
+    """Whether the file is ours to remove: a pipe or a device is written to, and stays."""
+    if os.path.exists(path) and not os.path.isfile(path):
         with open(path, "w") as file:
             file.write(text)
-        return
+        return False
     beside = f"{path}.{os.getpid()}"
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -154,10 +154,7 @@ def _write_whole(path: str, text: str) -> None:
     except BaseException:
         os.unlink(beside)
         raise
-
-
-def _is_regular(path: str) -> bool:
-    return stat.S_ISREG(os.stat(path).st_mode)
+    return True
 
 
 def _content(path: str) -> str:
