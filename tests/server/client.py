@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -23,20 +23,25 @@ Address = str | tuple[str, int]
 """The path of a unix socket, or host and port."""
 
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
-EXPORT_NAME, ABORT, LIST, INFO, GO, STRUCTURED_REPLY, SET_META_CONTEXT = 1, 2, 3, 6, 7, 8, 10
+EXPORT_NAME, ABORT, LIST, INFO, GO, STRUCTURED_REPLY, LIST_META_CONTEXT, SET_META_CONTEXT = 1, 2, 3, 6, 7, 8, 9, 10
+EXTENDED_HEADERS = 11
 ACK, INFO_REPLY, META_CONTEXT = 1, 3, 4
+ERR_UNSUP, ERR_INVALID = 0x80000001, 0x80000003
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = 1, 2, 4, 8, 16, 32
 
 EPERM, EIO, EINVAL, ENOSPC = 1, 5, 22, 28
 
 _REQUEST = struct.Struct(">IHHQQI")
+_EXTENDED_REQUEST = struct.Struct(">IHHQQQ")
 _OPTION_REPLY_MAGIC = 0x0003E889045565A9
 _REQUEST_MAGIC = 0x25609513
+_EXTENDED_REQUEST_MAGIC = 0x21E41C71
 _SIMPLE_MAGIC = 0x67446698
 _CHUNK_MAGIC = 0x668E33EF
-_NONE, _DATA, _HOLE, _STATUS, _ERROR, _ERROR_OFFSET = 0, 1, 2, 5, 0x8001, 0x8002
+_EXTENDED_CHUNK_MAGIC = 0x6E8A278C
+_NONE, _DATA, _HOLE, _STATUS, _STATUS_EXT, _ERROR, _ERROR_OFFSET = 0, 1, 2, 5, 6, 0x8001, 0x8002
 
 
 def text(string: str) -> bytes:
@@ -49,20 +54,37 @@ def option(code: int, data: bytes = b"") -> bytes:
     return b"IHAVEOPT" + struct.pack(">II", code, len(data)) + data
 
 
-def handshake(name: str = "", *, structured: bool = True, contexts: tuple[str, ...] = ()) -> bytes:
+def meta_context(code: int, name: str, *queries: str) -> bytes:
+    """LIST_META_CONTEXT or SET_META_CONTEXT (P41, P42)."""
+    return option(code, text(name) + struct.pack(">I", len(queries)) + b"".join(map(text, queries)))
+
+
+def handshake(
+    name: str = "", *, structured: bool = True, extended: bool = False, contexts: tuple[str, ...] = ()
+) -> bytes:
     """All that an honest client says before its first request, when it does not wait for the answers."""
     said = struct.pack(">I", FIXED_NEWSTYLE | NO_ZEROES)
-    if structured:
+    if extended:
+        said += option(EXTENDED_HEADERS)
+    elif structured:
         said += option(STRUCTURED_REPLY)
     if contexts:
-        queries = b"".join(map(text, contexts))
-        said += option(SET_META_CONTEXT, text(name) + struct.pack(">I", len(contexts)) + queries)
+        said += meta_context(SET_META_CONTEXT, name, *contexts)
     return said + option(GO, text(name) + struct.pack(">HH", 1, 3))
 
 
-def request(command: int, cookie: int = 0, offset: int = 0, length: int = 0, *, flags: int = 0) -> bytes:
+def request(
+    command: int, cookie: int = 0, offset: int = 0, length: int = 0, *, flags: int = 0, extended: bool = False
+) -> bytes:
     """One request header (P80)."""
+    if extended:
+        return _EXTENDED_REQUEST.pack(_EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length)
     return _REQUEST.pack(_REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+
+def status_payload(length: int, *ids: int) -> bytes:
+    """The payload of a BLOCK_STATUS that asks for some contexts of a range (P120)."""
+    return struct.pack(f">Q{len(ids)}I", length, *ids)
 
 
 def connect(address: Address) -> socket.socket:
@@ -100,7 +122,12 @@ class Reply:
 
     cookie: int
     error: int = 0
+    """The first, if there are several."""
     message: str = ""
+    errors: list[tuple[int | None, str]] = field(default_factory=list)
+    """The place in the export of every error, and its text."""
+    parts: list[tuple[int, bytes]] = field(default_factory=list)
+    """What a READ returned in chunks, ascending by offset; all of it is in ``data`` if there was no error."""
     data: bytes = b""
     status: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """Metadata context id → (length, flags) of each extent."""
@@ -114,7 +141,7 @@ class Client:
         self.socket = connect(address)
         self.size = self.flags = 0
         self.contexts: dict[str, int] = {}
-        self.structured = False
+        self.structured = self.extended = False
         self._cookies = itertools.count(0x6E626471 << 32 | 1)
         self._outstanding: dict[int, tuple[int, int, int, int]] = {}  # cookie → command, offset, length, flags
 
@@ -128,9 +155,11 @@ class Client:
 
     # The handshake.
 
-    def go(self, name: str = "", *, structured: bool = True, contexts: tuple[str, ...] = ()) -> Self:
+    def go(
+        self, name: str = "", *, structured: bool = True, extended: bool = False, contexts: tuple[str, ...] = ()
+    ) -> Self:
         """Negotiate to the transmission phase."""
-        self.socket.sendall(handshake(name, structured=structured, contexts=contexts))
+        self.socket.sendall(handshake(name, structured=structured, extended=extended, contexts=contexts))
         self.finish_handshake()
         return self
 
@@ -146,7 +175,8 @@ class Client:
                 self.contexts[data[4:].decode()] = struct.unpack(">I", data[:4])[0]
             elif reply == ACK:
                 assert not data
-                self.structured |= code == STRUCTURED_REPLY
+                self.extended |= code == EXTENDED_HEADERS
+                self.structured |= code in (STRUCTURED_REPLY, EXTENDED_HEADERS)
                 if code == GO:
                     return
 
@@ -162,11 +192,31 @@ class Client:
     # The transmission.
 
     def pack(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0) -> bytes:
-        """A request that waits for its reply from now on; it is still to be sent, for a WRITE with its payload."""
+        """A request that waits for its reply from now on; it is still to be sent, for a WRITE with its payload.
+
+        With extended headers a WRITE gets its flag PAYLOAD_LEN (P123).
+        """
         cookie = next(self._cookies)
         if command != DISC:
             self._outstanding[cookie] = (command, offset, length, flags)
-        return request(command, cookie, offset, length, flags=flags)
+        if self.extended and command == WRITE:
+            flags |= PAYLOAD_LEN
+        return request(command, cookie, offset, length, flags=flags, extended=self.extended)
+
+    def payload(self, command: int, length: int, flags: int) -> bytes:
+        """What a server expects behind the header of such a request, were it ever so wrong (P82, P123)."""
+        return bytes(length) if command == WRITE or (self.extended and flags & PAYLOAD_LEN) else b""
+
+    def status_of(self, offset: int, length: int, *ids: int, flags: int = 0) -> dict[int, list[tuple[int, int]]]:
+        """What a BLOCK_STATUS with a payload says of a range in the contexts of these ids, and in no other (P120)."""
+        payload = status_payload(length, *ids)
+        cookie = next(self._cookies)
+        self._outstanding[cookie] = (BLOCK_STATUS, offset, length, flags)
+        header = request(BLOCK_STATUS, cookie, offset, len(payload), flags=flags | PAYLOAD_LEN, extended=self.extended)
+        self.socket.sendall(header + payload)
+        reply = self.reply(contexts=ids)
+        assert not reply.error, reply.message
+        return reply.status
 
     def send(self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"") -> int:
         """Send one request; return its cookie."""
@@ -200,17 +250,33 @@ class Client:
         """Requests without a reply."""
         return len(self._outstanding)
 
-    def reply(self) -> Reply:
-        """The next whole reply, judged."""
+    def reply(self, *, contexts: Iterable[int] | None = None) -> Reply:
+        """The next whole reply, judged; a block status of ``contexts``, if not of all that were selected."""
         (magic,) = struct.unpack(">I", self.receive(4))
         if magic == _SIMPLE_MAGIC:
+            assert not self.extended, "a simple reply to a client with extended headers (P122)"
             error, cookie = struct.unpack(">IQ", self.receive(12))
             command, _, length, _ = self._outstanding.pop(cookie)
             assert command != READ or not self.structured, "a READ must get a structured reply (P102)"
             return Reply(cookie, error, data=self.receive(length) if command == READ and not error else b"")
-        assert magic == _CHUNK_MAGIC, f"a reply begins with {magic:#x}"
+        assert magic == self._chunk_magic, f"a reply begins with {magic:#x}"
         assert self.structured, "a structured reply to a client that did not ask for them"
-        return self._structured_reply()
+        return self._structured_reply(set(self.contexts.values() if contexts is None else contexts))
+
+    @property
+    def _chunk_magic(self) -> int:
+        return _EXTENDED_CHUNK_MAGIC if self.extended else _CHUNK_MAGIC
+
+    def _chunk_header(self) -> tuple[int, int, int, int]:
+        """Flags, type, cookie and length of a chunk behind its magic (P110)."""
+        flags: int
+        if not self.extended:
+            flags, kind, cookie, length = struct.unpack(">HHQI", self.receive(16))
+            return flags, kind, cookie, length
+        flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", self.receive(28))
+        assert cookie in self._outstanding, f"a reply to nothing: cookie {cookie:#x}"
+        assert offset == self._outstanding[cookie][1], "a chunk that does not echo the request's offset (P110)"
+        return flags, kind, cookie, length
 
     def replies(self) -> dict[int, Reply]:
         """All outstanding replies, by cookie."""
@@ -221,63 +287,83 @@ class Client:
             found[reply.cookie] = reply
         return found
 
-    def _structured_reply(self) -> Reply:
+    def _structured_reply(self, contexts: set[int]) -> Reply:
         """The chunks of one reply; this client knows a server that does not interleave replies."""
         reply: Reply | None = None
-        covered: list[tuple[int, int, bytes]] = []
         while True:
-            flags, kind, cookie, length = struct.unpack(">HHQI", self.receive(16))
+            flags, kind, cookie, length = self._chunk_header()
             assert flags in (0, 1)
             if reply is None:
                 assert cookie in self._outstanding, f"a reply to nothing: cookie {cookie:#x}"
                 reply = Reply(cookie)
             assert reply.cookie == cookie
-            self._take_chunk(reply, kind, self.receive(length), covered)
+            self._take_chunk(reply, kind, self.receive(length))
             if flags:
                 break
             magic = self.receive(4)
-            assert magic == struct.pack(">I", _CHUNK_MAGIC)
+            assert magic == struct.pack(">I", self._chunk_magic)
         command, offset, wanted, request_flags = self._outstanding.pop(reply.cookie)
-        if not reply.error and command == READ:
-            covered.sort()
-            assert not request_flags & DF or len(covered) <= 1, "a READ with DF answered in pieces (P115)"
-            for start, length, data in covered:
-                assert start == offset + len(reply.data), "gap or overlap in a READ (P113)"
-                reply.data += data or bytes(length)
-            assert len(reply.data) == wanted
+        assert not reply.parts or command == READ
+        if command == READ:
+            self._judge_parts(reply, offset, wanted, request_flags)
         elif not reply.error and command == BLOCK_STATUS:
-            assert set(reply.status) == set(self.contexts.values()), "a context without a chunk (P117)"
+            assert set(reply.status) == contexts, "a context without a chunk, or one without a request (P117)"
             for extents in reply.status.values():
                 self._judge_extents(extents, offset, wanted, request_flags)
-        else:
-            assert reply.error or not covered
         return reply
 
-    def _take_chunk(self, reply: Reply, kind: int, body: bytes, covered: list[tuple[int, int, bytes]]) -> None:
+    def _judge_parts(self, reply: Reply, offset: int, length: int, flags: int) -> None:
+        """P113: content chunks lie in the request, do not overlap, and cover all of it unless there is an error."""
+        reply.parts.sort()
+        assert not flags & DF or len(reply.parts) + len(reply.errors) <= 1, "a READ with DF answered in pieces (P115)"
+        position = offset
+        for start, data in reply.parts:
+            assert start >= position, "an overlap in a READ (P113)"
+            assert reply.error or start == position, "a gap in a READ (P113)"
+            position = start + len(data)
+        assert position <= offset + length
+        for place, _ in reply.errors:
+            assert place is None or offset <= place < offset + length
+        if not reply.error:
+            assert position == offset + length
+            reply.data = b"".join(data for _, data in reply.parts)
+
+    def _take_chunk(self, reply: Reply, kind: int, body: bytes) -> None:
         match kind:
             case 0:
                 assert not body
             case 1:
                 assert len(body) > 8, "an empty OFFSET_DATA (P111)"
-                covered.append((int.from_bytes(body[:8], "big"), len(body) - 8, body[8:]))
+                reply.parts.append((int.from_bytes(body[:8], "big"), body[8:]))
             case 2:
                 assert len(body) == 12
                 start, length = struct.unpack(">QI", body)
                 assert length > 0
-                covered.append((start, length, b""))
+                reply.parts.append((start, bytes(length)))
             case 5:
-                assert len(body) >= 12, "a BLOCK_STATUS without an extent (P111)"
+                assert not self.extended, "a BLOCK_STATUS instead of a BLOCK_STATUS_EXT (P122)"
                 assert len(body) % 8 == 4
-                context = int.from_bytes(body[:4], "big")
-                assert context not in reply.status, "a context answered twice (P117)"
-                reply.status[context] = list(struct.iter_unpack(">II", body[4:]))
+                self._take_status(reply, int.from_bytes(body[:4], "big"), struct.iter_unpack(">II", body[4:]))
+            case 6:
+                assert self.extended, "a BLOCK_STATUS_EXT for compact headers (P111)"
+                context, count = struct.unpack(">II", body[:8])
+                assert len(body) == 8 + 16 * count
+                self._take_status(reply, context, struct.iter_unpack(">QQ", body[8:]))
             case 0x8001 | 0x8002:
-                reply.error, length = struct.unpack(">IH", body[:6])
-                assert reply.error, "an error chunk without an error"
+                error, length = struct.unpack(">IH", body[:6])
+                assert error, "an error chunk without an error"
                 assert len(body) == 6 + length + (8 if kind == _ERROR_OFFSET else 0)
-                reply.message = body[6 : 6 + length].decode()
+                message = body[6 : 6 + length].decode()
+                if not reply.error:
+                    reply.error, reply.message = error, message
+                reply.errors.append((int.from_bytes(body[-8:], "big") if kind == _ERROR_OFFSET else None, message))
             case _:
                 raise AssertionError(f"a chunk of type {kind:#x}")
+
+    def _take_status(self, reply: Reply, context: int, extents: Iterable[tuple[int, int]]) -> None:
+        assert context not in reply.status, "a context answered twice (P117)"
+        reply.status[context] = list(extents)
+        assert reply.status[context], "a BLOCK_STATUS without an extent (P111)"
 
     def _judge_extents(self, extents: list[tuple[int, int]], offset: int, length: int, flags: int) -> None:
         """P117: contiguous from the request's offset, none empty, only the last one past the request's end."""

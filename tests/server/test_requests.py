@@ -33,7 +33,14 @@ from tests.server.harness import LoopServer, MemoryDisk, ZeroDisk
 SIZE = len(CONTENT)
 LARGE = 1 << 30
 MAXIMUM = 32 << 20
-KINDS = pytest.mark.parametrize("structured", [False, True], ids=["simple", "structured"])
+#: The three kinds of headers, as arguments of :meth:`Client.go`.
+HEADERS = {"simple": {"structured": False}, "structured": {}, "extended": {"extended": True}}
+KINDS = pytest.mark.parametrize("headers", HEADERS)
+
+
+def connect(server: LoopServer, headers: str) -> Client:
+    """A client in transmission, with block status unless its replies are simple."""
+    return server.connect().go(contexts=() if headers == "simple" else ("base:allocation",), **HEADERS[headers])
 
 
 @pytest.fixture(params=["cached", "uncached"])
@@ -42,11 +49,9 @@ def disk(request: pytest.FixtureRequest) -> MemoryDisk:
     return MemoryDisk(CONTENT, cached=request.param == "cached")
 
 
-@pytest.fixture(params=["simple", "structured"])
+@pytest.fixture(params=HEADERS)
 def client(request: pytest.FixtureRequest, server: LoopServer) -> Client:
-    """A client in transmission, with block status if replies are structured."""
-    structured = request.param == "structured"
-    return server.connect().go(structured=structured, contexts=("base:allocation",) if structured else ())
+    return connect(server, request.param)
 
 
 def answers_still(client: Client) -> None:
@@ -120,7 +125,7 @@ REQUESTS = [
 
 def test_every_request_gets_the_answer_of_the_specification(client: Client) -> None:
     for command, flags, offset, length, error in REQUESTS:
-        payload = bytes(length) if command == WRITE else b""
+        payload = client.payload(command, length, flags)
         reply = client.ask(command, offset, length, flags=flags, payload=payload)
         assert reply.error == error, f"command {command}, flags {flags:#x}, {length} bytes at {offset}"
         if command == READ and not error:
@@ -135,7 +140,7 @@ def test_all_those_requests_in_one_send_get_the_same_answers(client: Client) -> 
     expected = {}
     for command, flags, offset, length, error in REQUESTS:
         header = client.pack(command, offset, length, flags=flags)
-        said += header + (bytes(length) if command == WRITE else b"")
+        said += header + client.payload(command, length, flags)
         expected[int.from_bytes(header[8:16], "big")] = (error, offset, length if command == READ else 0)
     client.send_beside(said)
     for cookie, reply in client.replies().items():
@@ -149,17 +154,17 @@ def test_requests_torn_into_single_bytes_get_the_same_answers(client: Client) ->
     for command, flags, offset, length, error in REQUESTS:
         if length > 4096 and command in (READ, WRITE):
             continue
-        for byte in client.pack(command, offset, length, flags=flags) + bytes(length if command == WRITE else 0):
+        for byte in client.pack(command, offset, length, flags=flags) + client.payload(command, length, flags):
             client.socket.sendall(bytes([byte]))
         assert client.reply().error == error
     answers_still(client)
 
 
 @KINDS
-def test_df_and_block_status_need_structured_replies(server: LoopServer, structured: bool) -> None:
-    client = server.connect().go(structured=structured, contexts=("base:allocation",) if structured else ())
-    assert client.error(READ, 0, 4096, flags=DF) == (0 if structured else EINVAL)
-    assert client.error(BLOCK_STATUS, 0, 4096) == (0 if structured else EINVAL)
+def test_df_and_block_status_need_structured_replies(server: LoopServer, headers: str) -> None:
+    client = connect(server, headers)
+    assert client.error(READ, 0, 4096, flags=DF) == (0 if client.structured else EINVAL)
+    assert client.error(BLOCK_STATUS, 0, 4096) == (0 if client.structured else EINVAL)
     answers_still(client)
 
 
@@ -176,8 +181,8 @@ def large_server(loop: str) -> Iterator[LoopServer]:
 
 
 @KINDS
-def test_a_read_may_have_the_maximum_length_and_not_a_byte_more(large_server: LoopServer, structured: bool) -> None:
-    client = large_server.connect().go(structured=structured)
+def test_a_read_may_have_the_maximum_length_and_not_a_byte_more(large_server: LoopServer, headers: str) -> None:
+    client = connect(large_server, headers)
     assert client.read(LARGE - MAXIMUM, MAXIMUM) == bytes(MAXIMUM)
     assert client.error(READ, 0, MAXIMUM + 1) == EINVAL
     assert client.error(READ, 0, LARGE) == EINVAL
@@ -208,11 +213,11 @@ def test_a_wrong_magic_ends_the_connection_after_what_came_before(server: LoopSe
 
 @KINDS
 def test_hundreds_of_mixed_requests_in_one_send_are_each_answered_once(
-    server: LoopServer, disk: MemoryDisk, structured: bool
+    server: LoopServer, disk: MemoryDisk, headers: str
 ) -> None:
     seed = 20
     chance = random.Random(seed)
-    client = server.connect().go(structured=structured, contexts=("base:allocation",) if structured else ())
+    client = connect(server, headers)
     said = b""
     expected = {}
     for _ in range(800):
@@ -241,11 +246,9 @@ def test_equal_cookies_are_echoed_as_they_came(server: LoopServer) -> None:
 
 
 @KINDS
-def test_a_read_error_is_an_answer_and_the_connection_lives(
-    server: LoopServer, disk: MemoryDisk, structured: bool
-) -> None:
+def test_a_read_error_is_an_answer_and_the_connection_lives(server: LoopServer, disk: MemoryDisk, headers: str) -> None:
     disk.failing = {8192, 65536}
-    client = server.connect().go(structured=structured)
+    client = connect(server, headers)
     requests = [client.pack(READ, offset, 512) for offset in (4096, 8192, 12288)]
     client.socket.sendall(b"".join(requests) + client.pack(READ, 65536, 65536))
     errors = sorted(reply.error for reply in client.replies().values())
