@@ -95,6 +95,13 @@ class ExportDirectory(Protocol):
         """
         ...
 
+    def check_room_for_tls(self) -> None:
+        """
+        Raises:
+            OptionRefused: not for one more client.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Negotiated:

@@ -238,6 +238,7 @@ class Handshake:
             raise OptionRefused(OptionReply.ERR_INVALID, "TLS is in use already")  # P60
         if self._tls is TlsMode.OFF:
             raise OptionRefused(OptionReply.ERR_POLICY, "this server does not offer TLS")
+        self._exports.check_room_for_tls()
         if self._buffer:  # an honest client waits for the reply; somebody else may have put this here (P62, R-14)
             raise ProtocolError(f"{len(self._buffer)} bytes came behind STARTTLS before it was answered")
         self._replies.append(messages.ack(Option.STARTTLS))

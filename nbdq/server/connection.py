@@ -7,10 +7,10 @@ import logging
 import socket
 from collections.abc import Callable
 
-from nbdq.errors import ProtocolError
+from nbdq.errors import ProtocolError, printable
 from nbdq.nbd.constants import Command
 from nbdq.nbd.ending import Cause, Ending
-from nbdq.nbd.handshake import Handshake
+from nbdq.nbd.handshake import Handshake, TlsMode
 from nbdq.nbd.transmission import Transmission
 from nbdq.server.entrance import Entrance
 from nbdq.server.export import Export, Exports
@@ -19,6 +19,8 @@ from nbdq.server.peer import Peer
 from nbdq.server.peer_log import PeerLog
 from nbdq.server.resources import Resources
 from nbdq.server.session import Session
+from nbdq.server.stream import SecureStream, TlsFailed
+from nbdq.server.tls import Tls
 
 _log = logging.getLogger(__name__)
 
@@ -44,20 +46,26 @@ class Connection:
         exports: Exports,
         resources: Resources,
         *,
+        tls_mode: TlsMode,
+        tls: Tls | None,
         on_negotiated: Callable[["Connection"], None],
         on_close: Callable[["Connection"], None],
     ) -> None:
-        """Take ownership of ``sock``; ``on_negotiated`` is called when transmission begins, ``on_close`` once."""
+        """Take ownership of ``sock``; ``on_negotiated`` is called when transmission begins, ``on_close`` once. ``tls``
+        is needed unless ``tls_mode`` is OFF."""
+        assert tls is not None or tls_mode is TlsMode.OFF
         self._log = PeerLog(_log, peer)
         self._begun = resources.loop.time()
         self._heard = False  # it has said something
-        self._socket = sock
+        self._peer = peer
+        self._socket: socket.socket | SecureStream = sock
+        self._tls = tls
         self._exports = exports
         self._resources = resources
         self._on_negotiated = on_negotiated
         self._on_close = on_close
         self._entrance = Entrance(exports, peer, resources.census)
-        self._handshake = Handshake(self._entrance, maximum_options=resources.limits.options)
+        self._handshake = Handshake(self._entrance, tls=tls_mode, maximum_options=resources.limits.options)
         self._output = Output(sock)
         self._session: Session | None = None
         self._export: Export | None = None
@@ -110,10 +118,14 @@ class Connection:
         """Take what has come; whether anything more will be heard of the socket, if there is more."""
         try:
             data = self._socket.recv(_RECEIVE_SIZE)
+            if data and self._handshake.starting_tls:
+                self._secured()
         except (BlockingIOError, InterruptedError):
+            if self._handshake.starting_tls:  # TLS may have more to say than the socket took
+                self._send([])
             return True
         except OSError as error:
-            self._close(Ending(Cause.BROKEN, str(error)))
+            self._close(_broken(error))
             return True
         if not data:
             self._close(Ending(Cause.CLOSED, "client left during the handshake"))
@@ -121,11 +133,13 @@ class Connection:
         self._heard = True
         try:
             replies = self._handshake.receive(data)
+            if self._handshake.starting_tls and self._has_said_more():
+                raise ProtocolError("more came behind STARTTLS before it was answered")
         except ProtocolError as error:
             self._close(Ending(Cause.PROTOCOL, str(error)))
             return True
         self._send(replies)
-        return bool(replies)
+        return bool(replies) and not self._may_go_on
 
     def _send(self, replies: list[bytes]) -> None:
         for reply in replies:
@@ -134,11 +148,13 @@ class Connection:
         try:
             drained = self._output.flush()
         except OSError as error:
-            self._close(Ending(Cause.BROKEN, str(error)))
+            self._close(_broken(error))
             return
         if not drained:  # a client that does not read its replies is not read either
             loop.remove_reader(descriptor)
             loop.add_writer(descriptor, self._on_writable)
+        elif self._handshake.starting_tls:
+            self._start_tls()
         elif self._handshake.negotiated is not None:
             self._begin_transmission()
         elif self._handshake.finished:
@@ -150,6 +166,39 @@ class Connection:
         loop.remove_writer(descriptor)
         loop.add_reader(descriptor, self._on_readable)
         self._send([])
+        if self._may_go_on:
+            self._on_readable()
+
+    # TLS. What comes behind STARTTLS before that was answered may be somebody else's, who wants it to be taken for the
+    # client's: nothing of it is kept (P62, R-14).
+
+    def _has_said_more(self) -> bool:
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK)) if isinstance(self._socket, socket.socket) else False
+        except OSError:  # nothing, or nothing any more
+            return False
+
+    def _start_tls(self) -> None:
+        """The client knows: from now on it speaks TLS, or is cut."""
+        if isinstance(self._socket, socket.socket):
+            assert self._tls is not None
+            self._socket = self._tls.secure(self._socket, self._resources)
+            self._output = Output(self._socket)
+
+    def _secured(self) -> None:
+        assert isinstance(self._socket, SecureStream)
+        self._peer.identity = self._socket.identity()
+        self._peer.secure = True
+        self._handshake.secured()
+        identity = self._peer.identity
+        who = "nobody" if identity is None else identity.subject or ", ".join(identity.names)
+        self._log.debug("%s, the client proved to be %s", self._socket.describe(), printable(who))
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether more can be received of which the socket does not tell, because TLS has it already."""
+        stream = self._socket
+        return isinstance(stream, SecureStream) and stream.has_more and self._session is None and not self._output
 
     def _begin_transmission(self) -> None:
         negotiated = self._handshake.negotiated
@@ -233,3 +282,7 @@ class Connection:
         fields |= {"requests": done.requests, "read": read, "written": written}
         text = "export %r for %.1f s: %d requests, %d bytes read, %d written: %s"
         self._log.info(text, self._log.export, seconds, done.requests, read, written, ending.text, fields=fields)
+
+
+def _broken(error: OSError) -> Ending:
+    return Ending(Cause.TLS if isinstance(error, TlsFailed) else Cause.BROKEN, str(error))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from nbdq.block import FilePiece, Piece
+from nbdq.server.stream import SecureStream
 
 #: The kernel takes no more buffers in one sendmsg (IOV_MAX is 1024).
 _BUFFERS_MAX = 512
@@ -17,8 +18,9 @@ _BUFFERS_MAX = 512
 class Output:
     """The unsent tail of one non-blocking socket. Buffers given to it must not change until they have left."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket | SecureStream) -> None:
         self._socket = sock
+        self._stream = sock if isinstance(sock, SecureStream) else None
         self._pieces: deque[Piece] = deque()
 
     def __bool__(self) -> bool:
@@ -61,7 +63,9 @@ class Output:
         Raises:
             OSError: the connection is broken. EPIPE also when a file became shorter than a reply that has begun (P101).
         """
-        pieces = self._pieces
+        pieces, stream = self._pieces, self._stream
+        if stream is not None:
+            stream.begin_turn()
         while pieces:
             try:
                 if isinstance(pieces[0], FilePiece):
@@ -70,11 +74,14 @@ class Output:
                     self._send_buffers()
             except BlockingIOError:
                 return False
-        return True
+        return stream is None or stream.flush()
 
     def _send_file(self, piece: FilePiece) -> None:
         storage, offset, length = piece
-        count = storage.send(self._socket.fileno(), offset, length)
+        if self._stream is not None:
+            count = self._stream.send_file(storage, offset, length)
+        else:
+            count = storage.send(self._socket.fileno(), offset, length)
         if count == 0:
             raise BrokenPipeError(f"{storage.path}: file became shorter while it was being sent")
         if count == length:

@@ -8,8 +8,10 @@ import itertools
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from nbdq.nbd.ending import Cause, Ending
+from nbdq.nbd.handshake import TlsMode
 from nbdq.pool import WorkerPool
 from nbdq.server.budget import Budget
 from nbdq.server.census import Census
@@ -20,6 +22,7 @@ from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, watch_for_death
 from nbdq.server.peer import Peer
 from nbdq.server.resources import Resources
+from nbdq.server.tls import Tls
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +35,18 @@ class Server:
     """Serves ``exports`` on ``listeners``. Owns the listeners; the exports' devices stay the caller's."""
 
     def __init__(
-        self, exports: Exports, listeners: Sequence[Listener], limits: Limits, *, clients_at_once: int = 0
+        self,
+        exports: Exports,
+        listeners: Sequence[Listener],
+        limits: Limits,
+        *,
+        tls: Tls | None = None,
+        clients_at_once: int = 0,
     ) -> None:
-        """Of more than ``clients_at_once``, unless that is 0, the later ones wait in the kernel's queue until one
-        leaves, as qemu-nbd has it."""
+        """``tls`` is needed if a listener has it on offer. Of more than ``clients_at_once``, unless that is 0, the
+        later ones wait in the kernel's queue until one leaves, as qemu-nbd has it."""
+        assert tls is not None or all(listener.tls is TlsMode.OFF for listener in listeners)
+        self._tls = tls
         self._exports = exports
         self._clients_at_once = clients_at_once
         self._listeners = listeners
@@ -73,9 +84,9 @@ class Server:
     def start(self) -> None:
         """Accept clients from now on."""
         for listener in self._listeners:
-            listener.start(self._resources.loop, self._accept)
+            listener.start(self._resources.loop, partial(self._accept, listener.tls))
 
-    def _accept(self, sock: socket.socket, address: object) -> bool:
+    def _accept(self, tls_mode: TlsMode, sock: socket.socket, address: object) -> bool:
         try:
             peer = Peer.of(sock, address, next(self._numbers))
             watch_for_death(sock, self.limits)
@@ -84,7 +95,14 @@ class Server:
             return True
         _log.debug("%s: connected", peer)
         connection = Connection(
-            sock, peer, self._exports, self._resources, on_negotiated=self._negotiated, on_close=self._forget
+            sock,
+            peer,
+            self._exports,
+            self._resources,
+            tls_mode=tls_mode,
+            tls=self._tls,
+            on_negotiated=self._negotiated,
+            on_close=self._forget,
         )
         self.census.accepted(connection, peer, self._resources.loop.time())
         self._idle.clear()

@@ -33,6 +33,7 @@ from nbdq.server.peer_log import PeerLog
 from nbdq.server.pending import Pending
 from nbdq.server.perform import COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
+from nbdq.server.stream import SecureStream
 from nbdq.server.threads import in_thread
 from nbdq.server.watch import Watch
 
@@ -56,7 +57,7 @@ class Session:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | SecureStream,
         transmission: Transmission,
         export: Export,
         resources: Resources,

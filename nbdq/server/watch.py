@@ -4,6 +4,8 @@ import asyncio
 import socket
 from collections.abc import Callable
 
+from nbdq.server.stream import SecureStream
+
 
 class Watch:
     """The callbacks of one socket. Loop thread only."""
@@ -11,7 +13,7 @@ class Watch:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
+        sock: socket.socket | SecureStream,
         *,
         on_readable: Callable[[], None],
         on_room: Callable[[], None],
@@ -22,6 +24,8 @@ class Watch:
         for it."""
         self._loop = loop
         self._socket = sock
+        self._stream = sock if isinstance(sock, SecureStream) else None
+        self._again: asyncio.Handle | None = None  # while we tell of bytes ourselves
         self._on_readable = on_readable
         self._on_room = on_room
         self._on_stall = on_stall
@@ -31,16 +35,26 @@ class Watch:
         self._stall: asyncio.TimerHandle | None = None
 
     def read(self) -> None:
-        """Tell of bytes that come, until :meth:`pause`."""
+        """Tell of bytes that come, until :meth:`pause`; to be called again after each time that bytes were taken."""
         if not self.is_reading:
             self.is_reading = True
             self._loop.add_reader(self._socket.fileno(), self._on_readable)
+        if self._stream is not None and self._stream.has_more and self._again is None:
+            self._again = self._loop.call_soon(self._tell_again)
+
+    def _tell_again(self) -> None:
+        """Tell of bytes that are here already, decrypted or not; the socket does not."""
+        self._again = None
+        self._on_readable()
 
     def pause(self) -> None:
         """Leave what comes in the socket."""
         if self.is_reading:
             self.is_reading = False
             self._loop.remove_reader(self._socket.fileno())
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
 
     def wait_for_room(self) -> None:
         """The socket took what it could, and more waits: tell of room, and begin the deadline for it anew."""

@@ -72,6 +72,8 @@ class Directory:
         name = self.aliases.get(name, name)
         return next((export for export in self.exports if export.name == name), None)
 
+    def check_room_for_tls(self) -> None: ...
+
 
 READ_ONLY = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY | TransmissionFlag.SEND_FLUSH
 
