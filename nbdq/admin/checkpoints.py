@@ -20,7 +20,7 @@ from nbdq.chain.views import View
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
 from nbdq.server.export import Export
-from nbdq.server.volume import Wish
+from nbdq.server.wish import Wish
 
 if TYPE_CHECKING:
     from nbdq.server.volume import Volume

@@ -1,6 +1,6 @@
 """What a command of the admin socket has at hand."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ class Volumes:
 
     def __init__(self, volumes: Iterable[Volume] = ()) -> None:
         self._volumes = {volume.name: volume for volume in volumes}
+
+    def add(self, volume: Volume) -> None:
+        """Another disk, of a name that none has."""
+        assert volume.name not in self._volumes
+        self._volumes[volume.name] = volume
+
+    def remove(self, volume: Volume) -> None:
+        """The server is about to close this disk."""
+        del self._volumes[volume.name]
 
     def __iter__(self) -> Iterator[Volume]:
         return iter(list(self._volumes.values()))
@@ -70,6 +79,8 @@ class Context:
     """``emit(event, data)`` tells every client; to be called on the loop thread."""
     quit: Callable[[], None]
     """Stop the server cleanly, soon."""
+    reload: Callable[[], Awaitable[None]] | None
+    """Read the configuration again; raises, and changes nothing, if that is not possible (R-77)."""
     peer: Peer
     resumed: Resumed | None = None
     """What a command is to go on with; None if a client gave the command."""

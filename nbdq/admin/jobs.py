@@ -60,6 +60,10 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._claims: list[_Claim] = []
         self._starting = asyncio.Lock()
+        self.on_claimed: Callable[[Volume, frozenset[str] | None], None] = lambda volume, layers: None
+        """Told when a job begins to have layers of a disk for itself, by their paths, or None for all."""
+        self.on_released: Callable[[Volume], None] = lambda volume: None
+        """Told when somebody who had a disk, or layers of it, for himself is done."""
 
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
@@ -114,7 +118,17 @@ class Jobs:
         try:
             yield
         finally:
-            self._claims.remove(claim)
+            self._release(claim)
+
+    def restructures(self, volume: Volume) -> bool:
+        """Whether somebody may be writing to layers of the disk below its top."""
+        return any(
+            claim.volume is volume and not claim.shared and claim.layers != frozenset() for claim in self._claims
+        )
+
+    def _release(self, claim: _Claim) -> None:
+        self._claims.remove(claim)
+        self.on_released(claim.volume)
 
     def _claim(self, volume: Volume, what: str, layers: frozenset[str] | None, *, shared: bool = False) -> _Claim:
         wanted = _Claim(volume, layers, shared, what)
@@ -142,6 +156,7 @@ class Jobs:
             if not _WELL_FORMED.fullmatch(request.id) and request.id != request.volume.name:
                 raise OperationError(f"Invalid job ID '{printable(request.id)}'")
             claim = self._claim(request.volume, f"job '{request.id}' ({request.type})", request.layers)
+            self.on_claimed(request.volume, request.layers)
             try:
                 operation = await in_thread(make)
                 try:
@@ -151,14 +166,14 @@ class Jobs:
                     await in_thread(operation.abort)
                     raise
             except BaseException:
-                self._claims.remove(claim)
+                self._release(claim)
                 raise
             job = Job(
                 request,
                 operation,
                 state=self._state,
                 emit=self._emit,
-                on_concluded=lambda job: self._claims.remove(claim),
+                on_concluded=lambda job: self._release(claim),
                 on_null=self._forget,
             )
             self._jobs[request.id] = job

@@ -6,8 +6,9 @@ volumes, and goes on with the jobs that a former server had begun.
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 from nbdq.admin import commands
 from nbdq.admin.arguments import parse
@@ -20,7 +21,7 @@ from nbdq.admin.recovery import remove_obsolete_overlays, remove_pending_overlay
 from nbdq.admin.registry import COMMANDS
 from nbdq.admin.state import JobRecord, State
 from nbdq.chain.policy import Policy
-from nbdq.errors import NbdqError, printable
+from nbdq.errors import NbdqError, OperationError, printable
 from nbdq.server.export import Exports
 from nbdq.server.listener import Listener
 from nbdq.server.threads import in_thread
@@ -65,8 +66,15 @@ class Administration:
         known = (os.path.dirname(os.path.realpath(image)), *record.directories)
         return record.top.path, record.top.format, replace(policy, roots=(*policy.roots, *known))
 
-    async def start(self, volumes: Iterable[Volume], exports: Exports, quit: Callable[[], None]) -> None:
-        """Let administrators in, and go on with what was begun; ``quit`` has the server stop.
+    async def start(
+        self,
+        volumes: Iterable[Volume],
+        exports: Exports,
+        quit: Callable[[], None],
+        reload: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Let administrators in, and go on with what was begun; ``quit`` has the server stop, ``reload`` read its
+        configuration again.
 
         Raises:
             OSError: the state file cannot be written.
@@ -82,10 +90,13 @@ class Administration:
             checkpoints=Checkpoints(),
             emit=self._emit,
             quit=quit,
+            reload=reload,
             peer=Peer(os.getpid(), os.geteuid(), os.getegid()),
         )
+        self.jobs.on_claimed = lambda volume, layers: volume.withdraw_derived(layers)
+        self.jobs.on_released = lambda volume: volume.derive_soon()
         try:
-            await self._recover()
+            await self._recover(self._volumes)
         except BaseException:
             await self.jobs.stop()
             raise
@@ -93,10 +104,38 @@ class Administration:
             self.monitor = Monitor(self._listener, self._context_of, self._access)
             self.monitor.start()
 
-    async def _recover(self) -> None:
+    async def admit(self, volume: Volume) -> None:
+        """Let a disk be administered that was opened while the server runs, and go on with what was begun on it.
+
+        Raises:
+            OSError: the state file cannot be written.
+        """
+        self._volumes.add(volume)
+        try:
+            await self._recover([volume])
+        except BaseException:
+            self._volumes.remove(volume)
+            raise
+
+    async def dismiss(self, volume: Volume) -> None:
+        """Close a disk that has no exports left, durably.
+
+        Raises:
+            OperationError: a job or command is at work on it; nothing was done.
+            OSError: what was written last may be lost; it is closed nevertheless.
+        """
+        with self.jobs.exclusive(volume, "its end"):
+            async with volume.drained():
+                if volume.exports:
+                    raise OperationError(f"{printable(volume.name)} is being exported again")
+                self._volumes.remove(volume)
+                await in_thread(volume.close)
+
+    async def _recover(self, volumes: Iterable[Volume]) -> None:
         """Put away what a former server left behind, and go on with what it had begun."""
         used = {os.path.realpath(layer.path) for volume in self._volumes for layer in volume.chain.layers}
-        for volume in self._volumes:
+        for volume in volumes:
+            volume.is_restructured = partial(self.jobs.restructures, volume)
             await in_thread(remove_pending_overlays, self._state, volume.name, used)
             await in_thread(remove_obsolete_overlays, self._state, volume.name, used)
             for job in self._state.disk(volume.name).jobs:

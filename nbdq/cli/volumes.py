@@ -13,7 +13,8 @@ from nbdq.chain.policy import Policy
 from nbdq.cli.settings import ExportSettings
 from nbdq.errors import ExportError, printable
 from nbdq.server.export import Exports
-from nbdq.server.volume import Volume, Wish
+from nbdq.server.volume import Volume
+from nbdq.server.wish import Wish
 from nbdq.server.writing import DetectZeroes
 
 _log = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ class Entrance:
         Raises:
             OptionRefused: only TLS is missing (P64), or there are enough clients already.
         """
-        export = self._exports.by_name.get(name)
+        export = self._exports.named(name)
         if export is None:
             return None
         objection = self._objection(export)

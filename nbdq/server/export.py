@@ -81,6 +81,8 @@ class Export:
     """What new clients have to be or to prove; those that are there stay."""
     throttle: Throttle | None = None
     """None without any limit; :meth:`limit` changes it."""
+    is_derived: bool = False
+    """Whether it came along with another export of its disk, to which it gives way."""
     on_gone: Callable[[], None] = lambda: None
     """Called when nobody can come in any more, and nobody is left."""
 
@@ -207,6 +209,12 @@ class Export:
         elif rates.are_limited:
             self.throttle = Throttle(rates)
 
+    def obey(self, *, access: Access, rates: Rates, maximum_connections: int) -> None:
+        """Another policy from now on; nobody who is there is cut."""
+        self.access = access
+        self.limit(rates)
+        self.maximum_connections = maximum_connections
+
     def describe(self, description: str) -> None:
         """Tell new clients another description.
 
@@ -234,6 +242,8 @@ class Exports:
         """Those that clients may choose, in the operator's order."""
         self.by_id: dict[str, Export] = {}
         """Those and the ones that are only left to their last clients."""
+        self.default = ""
+        """Name of the export that clients get who name none."""
         self.on_deleted: Callable[[Export], None] = lambda export: None
         """Told of every export that is gone: nobody can come in, and nobody is left."""
         for export in exports:
@@ -245,7 +255,10 @@ class Exports:
         Raises:
             ExportError: name or id is taken.
         """
-        if export.info.name in self.by_name:
+        there = self.by_name.get(export.info.name)
+        if there is not None and there.is_derived:
+            self.delete(there)  # exact names win
+        elif there is not None:
             text = f"two exports are named {printable(export.info.name)!r}; give each a name of its own"
             raise ExportError(text)
         if export.id in self.by_id:
@@ -260,6 +273,17 @@ class Exports:
             del self.by_id[export.id]
             export.on_gone()
             self.on_deleted(export)
+
+    def named(self, name: str) -> Export | None:
+        """The export that a client means: of exactly that name, or the default one if the name is empty (P31)."""
+        return self.by_name.get(name) or (self.by_name.get(self.default) if not name else None)
+
+    def free_id(self, id: str) -> str:
+        """``id``, or with a number behind it while another export has it."""
+        free, number = id, 2
+        while free in self.by_id:
+            free, number = f"{id}-{number}", number + 1
+        return free
 
     def enter(self, export: Export, client: Client) -> None:
         """``client`` uses ``export`` from now on."""

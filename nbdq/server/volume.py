@@ -4,10 +4,11 @@ The place where the live structure of a disk meets its clients: whoever changes 
 :meth:`Volume.drained`, and then has the exports :meth:`Volume.adopt` what came out.
 """
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nbdq.block import BlockDevice
 from nbdq.chain.bitmaps import find_bitmaps, live_bitmap
@@ -17,41 +18,21 @@ from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.raw_disk import RawDisk
 from nbdq.chain.views import View, open_view
 from nbdq.errors import ExportError, NbdqError, OperationError, printable
-from nbdq.server.access import Access
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
+from nbdq.server.derived import Derivation, LazyView, derived_wishes
 from nbdq.server.export import Export, Exports
 from nbdq.server.gate import Gate
-from nbdq.server.rate import Rates
 from nbdq.server.threads import in_thread
-from nbdq.server.writing import DetectZeroes
+from nbdq.server.wish import Wish
 
 _log = logging.getLogger(__name__)
 
 _ACTIVE = View()
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What an operator wants of an export."""
-
-    id: str
-    name: str
-    description: str = ""
-    writable: bool = False
-    view: View = _ACTIVE
-    """Other views than the disk itself are read-only."""
-    bitmaps: Sequence[str] = ()
-    allocation_depth: bool = False
-    maximum_connections: int = 0
-    access: Access = field(default_factory=Access)
-    rates: Rates = field(default_factory=Rates)
-    discard: bool = True
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
-
-
 @dataclass
-class _Shown:
+class Shown:
     """An export of the volume, and what it shows."""
 
     export: Export
@@ -68,8 +49,15 @@ class Volume:
         self.chain = chain
         self.gate = Gate()
         self._directory = directory
-        self._shown: dict[str, _Shown] = {}
+        self._shown: dict[str, Shown] = {}
         self._retired = Counters()
+        self._derivations: dict[str, Derivation] = {}
+        self._derive_again = False
+        self._deriving: asyncio.Task[None] | None = None
+        self.is_restructured: Callable[[], bool] = lambda: False
+        """Whether somebody may be writing to layers below the top."""
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called when the last export is gone."""
 
     # The disk and its structure.
 
@@ -95,16 +83,20 @@ class Volume:
         """
         for shown in list(self._shown.values()):
             try:
-                device = self._open(shown.view)
+                self._show(shown)
             except (NbdqError, OSError) as error:
                 _log.warning("export %r has nothing to show any more: %s", shown.export.id, error)
                 self.delete(shown.export)
                 shown.export.cut(at_once=True)
-                continue
-            shown.export.adopt(device)
-            for name in shown.bitmaps:
-                # A bitmap that did not come along shows what had changed until then.
-                shown.bitmaps[name] = live_bitmap(device, name) or shown.bitmaps[name]
+
+    def _show(self, shown: Shown) -> None:
+        """Let an export show what the chain is now."""
+        export = shown.export
+        device = self._open(shown.view, lazy_size=export.info.size if export.is_derived else None)
+        export.adopt(device)
+        for name in shown.bitmaps:
+            # A bitmap that did not come along shows what had changed until then.
+            shown.bitmaps[name] = live_bitmap(device, name) or shown.bitmaps[name]
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Give the disk another size, durably. Clients that are connected may use what is new at once, although the
@@ -190,23 +182,36 @@ class Volume:
         if wish.writable and (self.chain.read_only or wish.view != _ACTIVE):
             raise ExportError(f"Block node is read-only: export '{printable(wish.id)}' cannot be writable")
         async with self.steady():
-            shown = await in_thread(self._make, wish)
-            self._directory.add(shown.export)
-            self._shown[wish.id] = shown
-        return shown.export
+            return self.offer(await in_thread(self.make, wish))
 
     def open_first(self, wish: Wish) -> Export:
         """:meth:`add` before the server runs, when nobody waits."""
-        shown = self._make(wish)
-        self._directory.add(shown.export)
-        self._shown[wish.id] = shown
-        return shown.export
+        return self.offer(self.make(wish))
 
-    def _make(self, wish: Wish) -> _Shown:
+    def offer(self, shown: Shown) -> Export:
+        """Let clients in to an export that :meth:`make` has made; the disk may have changed in between.
+
+        Raises:
+            ExportError: name or id is taken.
+        """
+        if shown.view == _ACTIVE:
+            self._show(shown)
+        export = shown.export
+        self._directory.add(export)
+        self._shown[export.id] = shown
+        return export
+
+    def make(self, wish: Wish, *, lazy_size: int | None = None) -> Shown:
+        """An export that nobody sees yet, for :meth:`offer`. Any thread. A derived one has a ``lazy_size``, and opens
+        what it shows when that is read.
+
+        Raises:
+            ExportError, OperationError, ImageError, OSError: as :meth:`add`, but for what is taken.
+        """
         view = wish.view
         if view.snapshot is not None and view.layer is None:
             view = View(self.chain.path, view.snapshot)  # where it is; there may be another top soon
-        device = self._open(view)
+        device = self._open(view, lazy_size=lazy_size)
         bitmaps: dict[str, DirtyBitmap] = {**find_bitmaps(device, wish.bitmaps, on_event=self.chain.on_event)}
         export = Export.make(
             wish.name,
@@ -223,10 +228,15 @@ class Volume:
             discard=wish.discard,
             detect_zeroes=wish.detect_zeroes,
         )
+        export.is_derived = lazy_size is not None
         export.on_gone = lambda: self._forget(export)
-        return _Shown(export, view, bitmaps)
+        return Shown(export, view, bitmaps)
 
-    def _open(self, view: View) -> BlockDevice:
+    def _open(self, view: View, *, lazy_size: int | None) -> BlockDevice:
+        if lazy_size is not None:
+            assert view.layer is not None
+            self.chain.index_of(view.layer)  # raises NotFound
+            return LazyView(self.chain, view, lazy_size)
         return self.chain.device if view == _ACTIVE else open_view(self.chain, view)
 
     def delete(self, export: Export, *, hard: bool = False) -> None:
@@ -239,6 +249,61 @@ class Volume:
     def _forget(self, export: Export) -> None:
         del self._shown[export.id]
         self._retired.add(export.account.total)
+        if not self._shown:
+            self.on_idle()
+
+    # Exports that come along with others.
+
+    def derive(self, name: str, derivation: Derivation | None) -> None:
+        """What is to come along with the export ``name`` from the next :meth:`derive_now` or :meth:`derive_soon` on."""
+        self._derivations.pop(name, None)
+        if derivation is not None and (derivation.snapshots or derivation.layers):
+            self._derivations[name] = derivation
+
+    def derive_now(self) -> None:
+        """Offer what the derivations say, before the server runs."""
+        self._offer_derived(self._derived_wishes())
+
+    def derive_soon(self) -> None:
+        """Offer what the derivations say now, once nobody restructures the disk; who did so calls this afterwards."""
+        self._derive_again = bool(self._derivations) or any(shown.export.is_derived for shown in self._shown.values())
+        if self._derive_again and (self._deriving is None or self._deriving.done()):
+            self._deriving = asyncio.create_task(self._derive())
+
+    async def _derive(self) -> None:
+        while self._derive_again:
+            self._derive_again = False
+            async with self.steady():
+                wanted = await in_thread(self._derived_wishes)
+                if not self.is_restructured():
+                    self._offer_derived(wanted)
+
+    def _derived_wishes(self) -> list[tuple[Wish, int]]:
+        return [found for each in self._derivations.values() for found in derived_wishes(self.chain, each)]
+
+    def _offer_derived(self, wanted: Sequence[tuple[Wish, int]]) -> None:
+        kept = {wish.name: (wish.view, size) for wish, size in wanted}
+        for shown in [shown for shown in self._shown.values() if shown.export.is_derived]:
+            export = shown.export
+            if kept.get(export.info.name) != (shown.view, export.info.size):
+                self.delete(export)
+            elif not export.clients:
+                self._show(shown)  # what was opened may not be what is there now
+        for wish, size in wanted:
+            there = self._directory.by_name.get(wish.name)
+            if there is None:
+                try:
+                    self.offer(self.make(replace(wish, id=self._directory.free_id(wish.id)), lazy_size=size))
+                except ExportError as error:
+                    _log.info("not offered: %s", error)
+            elif there.is_derived:
+                there.obey(access=wish.access, rates=wish.rates, maximum_connections=wish.maximum_connections)
+
+    def withdraw_derived(self, layers: Collection[str] | None = None) -> None:
+        """Until :meth:`derive_soon`, take those back that nobody uses and that show one of these layers, or any."""
+        for shown in list(self._shown.values()):
+            if shown.export.is_derived and not shown.export.clients and (layers is None or shown.view.layer in layers):
+                self.delete(shown.export)
 
     # Numbers.
 

@@ -50,6 +50,12 @@ class PaperVolume:
     async def flush(self) -> None:
         assert not self.is_drained
 
+    def withdraw_derived(self, layers: object) -> None:
+        """There are none."""
+
+    def derive_soon(self) -> None:
+        """There are none."""
+
     def adopt(self) -> None:
         assert self.is_drained
 

@@ -10,7 +10,8 @@ from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.chain.views import View
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.server.export import Export
-from nbdq.server.volume import Volume, Wish
+from nbdq.server.volume import Volume
+from nbdq.server.wish import Wish
 from nbdq.server.writing import DetectZeroes
 
 #: How long a pause lasts at most, unless the administrator says otherwise.

@@ -120,6 +120,7 @@ async def delete(context: Context, arguments: OneSnapshot) -> Reply:
         async with volume.steady():
             snapshots = await _snapshots(volume)
             chosen = _choose(snapshots, arguments)
+            volume.withdraw_derived({volume.chain.path})
             _refuse_if_exported(volume, snapshots, chosen)
             await in_thread(delete_snapshot, device.top, chosen)
     return _described(chosen)

@@ -55,6 +55,16 @@ async def leave(context: Context, arguments: NoArguments) -> Reply:
     return None
 
 
+@command("x-nbdq-reload", NoArguments)
+async def reload(context: Context, arguments: NoArguments) -> Reply:
+    """Do what SIGHUP does: read the configuration, certificates and export directories again. If something is wrong
+    with them nothing changes, and the error says what."""
+    if context.reload is None:
+        raise OperationError("this server has nothing to reload")
+    await context.reload()
+    return None
+
+
 @dataclass(frozen=True)
 class HelpRequest:
     """Of x-nbdq-help."""

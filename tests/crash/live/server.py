@@ -25,7 +25,8 @@ from nbdq.locks import Locking
 from nbdq.ops.operation import Operation
 from nbdq.qcow2.format import read_header
 from nbdq.server.export import Exports
-from nbdq.server.volume import Volume, Wish
+from nbdq.server.volume import Volume
+from nbdq.server.wish import Wish
 from nbdq.storage import FileStorage
 
 STATE = "state.json"

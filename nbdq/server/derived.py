@@ -1,0 +1,121 @@
+"""Exports that come along with a disk's own: ``disk@SNAPSHOT`` for its internal snapshots, ``disk#N`` for its layers.
+
+They are read-only, under the policy of the export that they are derived from, and follow the disk: what is made or
+deleted while it is served comes and goes. There may be hundreds of them, so what one shows is opened when somebody
+reads it; that is done on a thread of the pool, and a client that only looks around costs nothing (R-07).
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nbdq.block import Piece, Status
+from nbdq.chain.disk import ChainDisk
+from nbdq.chain.live import LiveChain
+from nbdq.chain.raw import size_of_raw
+from nbdq.chain.resolve import ResolvedLayer
+from nbdq.chain.views import View, open_view
+from nbdq.errors import ImageError, NbdqError
+from nbdq.qcow2.snapshots import Snapshot, read_snapshots
+from nbdq.server.wish import Wish
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What is derived from one export."""
+
+    wish: Wish
+    """The export."""
+    snapshots: bool = False
+    layers: bool = False
+
+
+class LazyView:
+    """A read-only :class:`~nbdq.block.BlockDevice` that shows a view of a chain, and opens it when that is read."""
+
+    def __init__(self, chain: LiveChain, view: View, size: int) -> None:
+        """``size``: bytes that it is known to have."""
+        self.size = size
+        self._chain = chain
+        self._view = view
+        self._disk: ChainDisk | None = None
+        self._opening = threading.Lock()
+
+    def _opened(self) -> ChainDisk:
+        with self._opening:
+            if self._disk is None:
+                try:
+                    self._disk = open_view(self._chain, self._view)
+                except NbdqError as error:
+                    raise OSError(5, str(error)) from None
+            return self._disk
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        self._opened().read_into(offset, view)
+
+    def read_cached(self, offset: int, view: memoryview) -> bool:
+        return self._disk is not None and self._disk.read_cached(offset, view)
+
+    def gather_cached(self, offset: int, length: int) -> list[Piece] | None:
+        return None if self._disk is None else self._disk.gather_cached(offset, length)
+
+    def gather(self, offset: int, length: int) -> list[Piece]:
+        return self._opened().gather(offset, length)
+
+    def status_cached(self, offset: int, length: int) -> bool:
+        return self._disk is not None and self._disk.status_cached(offset, length)
+
+    def status(self, offset: int, length: int) -> Iterator[Status]:
+        return self._opened().status(offset, length)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        self._opened().prefetch(offset, length)
+
+    def close(self) -> None:
+        """The files are the chain's."""
+
+
+def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[tuple[Wish, int]]:
+    """What is to be offered now, and the size of each. Reads the table of snapshots, and opens nothing.
+
+    A table that cannot be read has nothing to offer, and the log says so. Of snapshots with the same name, as QEMU
+    permits, the first counts (Q61); one without a name goes by its id.
+    """
+    wish, layers = derivation.wish, chain.layers
+    common = replace(wish, writable=False, bitmaps=())
+    found: dict[str, tuple[Wish, int]] = {}
+    if derivation.snapshots:
+        for snapshot in _snapshots(layers[0]):
+            name = f"{wish.name}@{snapshot.name or snapshot.id}"
+            view, text = View(layers[0].path, _selector(snapshot)), f"internal snapshot {snapshot.id}"
+            size = _size_of(layers[0]) if snapshot.disk_size is None else snapshot.disk_size // 512 * 512
+            found.setdefault(name, (replace(common, id=name, name=name, description=text, view=view), size))
+    if derivation.layers:
+        for depth, layer in enumerate(layers[1:], 1):
+            name, view = f"{wish.name}#{depth}", View(layer.path)
+            text = f"layer {depth}"
+            found[name] = replace(common, id=name, name=name, description=text, view=view), _size_of(layer)
+    return list(found.values())
+
+
+def _size_of(layer: ResolvedLayer) -> int:
+    return size_of_raw(layer.storage) if layer.header is None else layer.header.guest_size
+
+
+def _snapshots(layer: ResolvedLayer) -> tuple[Snapshot, ...]:
+    if layer.header is None:
+        return ()
+    try:
+        return read_snapshots(layer.storage, layer.header)
+    except (ImageError, OSError) as error:
+        _log.warning("no internal snapshots are offered: %s", error)
+        return ()
+
+
+def _selector(snapshot: Snapshot) -> str:
+    """What finds this snapshot and no other (:func:`nbdq.qcow2.snapshots.find_snapshot`)."""
+    identity, name = (text.replace(",", ",,") for text in (snapshot.id, snapshot.name))
+    return f"snapshot.id={identity},snapshot.name={name}"
