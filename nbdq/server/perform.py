@@ -12,6 +12,7 @@ from nbdq.server.counters import Counters
 from nbdq.server.export import Export
 from nbdq.server.limits import SENDFILE_LENGTH, STATUS_EXTENTS
 from nbdq.server.peer_log import PeerLog
+from nbdq.server.salvage import Salvage
 
 _log = logging.getLogger(__name__)
 
@@ -67,13 +68,13 @@ class Performer:
 
     def perform(self, request: RawRequest, payload: memoryview | None) -> list[Piece] | None:
         """The whole reply; None for a change that succeeded, which may have to be made durable first (P92)."""
-        _, operation, cookie, offset, length = request
+        _, operation, _, offset, length = request
         command = operation & COMMAND_MASK
         if command == Command.BLOCK_STATUS:
             return [memoryview(self.status_or_error(request))]
         try:
             if command == Command.READ:
-                return self._read(cookie, offset, length)
+                return self._read(request)
             if command in CHANGES:
                 self._change(operation, offset, length, payload)
                 return None
@@ -90,15 +91,46 @@ class Performer:
         """The reply to a request that succeeded and returns no data."""
         return [memoryview(self.replies.success(request[2], request[3]))]
 
-    def _read(self, cookie: int, offset: int, length: int) -> list[Piece]:
-        if length >= SENDFILE_LENGTH:
-            header = bytearray(self.replies.header_size)
-            self.replies.pack_header(header, 0, cookie, offset, length)
-            return [memoryview(header), *self._export.device.gather(offset, length)]
-        reply = bytearray(self.replies.header_size + length)
-        self._export.device.read_into(offset, memoryview(reply)[self.replies.header_size :])
-        self.replies.pack_header(reply, 0, cookie, offset, length)
-        return [memoryview(reply)]
+    def _read(self, request: RawRequest) -> list[Piece]:
+        _, operation, cookie, offset, length = request
+        replies, device = self.replies, self._export.device
+        try:
+            if length >= SENDFILE_LENGTH:
+                data = device.gather(offset, length)
+            else:
+                reply = bytearray(replies.header_size + length)
+                device.read_into(offset, memoryview(reply)[replies.header_size :])
+                replies.pack_header(reply, 0, cookie, offset, length)
+                return [memoryview(reply)]
+        except OSError as error:
+            if not isinstance(replies, StructuredReplies) or operation >> 16 & CommandFlag.DF:
+                raise
+            return self._salvage(request, replies, error)
+        return [self._data_header(cookie, offset, length), *data]
+
+    def _data_header(self, cookie: int, offset: int, length: int) -> memoryview:
+        header = bytearray(self.replies.header_size)
+        self.replies.pack_header(header, 0, cookie, offset, length)
+        return memoryview(header)
+
+    def _salvage(self, request: RawRequest, replies: StructuredReplies, error: OSError) -> list[Piece]:
+        """The reply to a READ of which a part cannot be read: the rest of it, and where and why it fails (P113)."""
+        _, _, cookie, offset, length = request
+        found = Salvage(self._export.device, offset, length, error)
+        if not found.bad:  # this time it went well
+            return [self._data_header(cookie, offset, length), *(data for _, data in found.good)]
+        pieces: list[Piece] = []
+        for start, data in found.good:
+            pieces += [memoryview(replies.data_header(cookie, offset, at=start, length=len(data))), data]
+        for number, bad in enumerate(found.bad, 1):
+            self._log.warning("READ of %d bytes at %d: %s", bad.length, bad.offset, bad.error)
+            text = f"{bad.error.strerror or 'I/O error'} ({bad.length} bytes at {bad.offset})"
+            done = number == len(found.bad)
+            pieces.append(
+                memoryview(replies.error(cookie, offset, wire_errno(bad.error), text, at=bad.offset, done=done))
+            )
+        self.counters.failed(Command.READ, length)
+        return pieces
 
     def _change(self, operation: int, offset: int, length: int, payload: memoryview | None) -> None:
         writing = self._export.writing
