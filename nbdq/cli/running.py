@@ -13,12 +13,15 @@ from nbdq.cli.captive import run_command, variables
 from nbdq.cli.lifecycle import StartSettings, process_id_in
 from nbdq.cli.listeners import one_of_role, open_listeners
 from nbdq.cli.logs import configure_logging
+from nbdq.cli.metrics import Monitoring, listen_for_monitoring
 from nbdq.cli.settings import Settings
 from nbdq.cli.signals import StopSignals
+from nbdq.cli.tls import open_tls
 from nbdq.cli.volumes import open_volumes
 from nbdq.server.export import Exports
 from nbdq.server.listener import Listener
 from nbdq.server.server import Server
+from nbdq.server.tls import Tls
 from nbdq.server.volume import Volume
 from nbdq.storage import share_one_heap
 
@@ -60,8 +63,15 @@ def run(settings: Settings, start: StartSettings | None = None) -> int:
         ExitStack() as undo,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        listeners = open_listeners(settings.listen, caller.sockets, captive=start.run is not None, undo=undo)
-        return runner.run(_serve(settings, start, exports, volumes, administrators, listeners, caller, signals))
+        captive = start.run is not None
+        listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
+        tls = open_tls(settings.tls, [listener.tls for listener in listeners])
+        monitors = listen_for_monitoring(settings.metrics, undo)
+        return runner.run(
+            _serve(
+                settings, start, exports, volumes, clusters, administrators, listeners, tls, monitors, caller, signals
+            )
+        )
 
 
 async def _serve(
@@ -69,13 +79,17 @@ async def _serve(
     start: StartSettings,
     exports: Exports,
     volumes: list[Volume],
+    clusters: ClusterCache,
     administrators: Administration,
     listeners: list[Listener],
+    tls: Tls | None,
+    monitors: list[Listener],
     caller: Caller,
     signals: StopSignals,
 ) -> int:
     stop = asyncio.Event()
-    server = Server(exports, listeners, settings.limits)
+    server = Server(exports, listeners, settings.limits, tls=tls)
+    monitoring = Monitoring(monitors, server, volumes, clusters, lambda: [job.info() for job in administrators.jobs])
 
     def on_signal(count: int) -> None:
         stop.set()
@@ -89,6 +103,7 @@ async def _serve(
         await administrators.start(volumes, exports, stop.set)
         try:
             server.start()
+            monitoring.is_ready = True
             with process_id_in(settings.server.pid_file):
                 caller.tell_ready(listener.uri(name) for listener in listeners for name in exports.by_name)
                 caller.notifier.start(lambda: _status(exports))
@@ -99,10 +114,12 @@ async def _serve(
                 return 0
         finally:
             caller.notifier.stopping("waiting for clients to finish", within=2 * patience + _SAVE_SECONDS)
+            monitoring.is_ready = False
             server.admit_nobody()
             await administrators.stop(within=patience)
     finally:
         await server.stop(refuse=settings.server.on_stop == "refuse")
+        await monitoring.stop()
         caller.notifier.stopping("saving what was written", within=_SAVE_SECONDS)
         signals.ignore()
 
