@@ -10,10 +10,16 @@ from nbdq.cli.settings import ListenSettings
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.activation import Inherited
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
+from nbdq.server.tls import TlsSettings
 
 
 def open_listeners(
-    places: Sequence[ListenSettings], inherited: Sequence[Inherited], *, captive: bool, undo: ExitStack
+    places: Sequence[ListenSettings],
+    inherited: Sequence[Inherited],
+    tls: TlsSettings,
+    *,
+    captive: bool,
+    undo: ExitStack,
 ) -> list[Listener]:
     """Listen at ``places``. Without any, on the sockets that are ``inherited``; without those on a private unix socket
     for a ``captive`` command, or else where the protocol expects a server. ``undo`` closes them all.
@@ -27,15 +33,16 @@ def open_listeners(
         raise click.UsageError(
             "clients connect to the sockets of socket activation; leave out --socket, --bind, --port"
         )
-    listeners = [Listener(one.socket) for one in given]
+    listeners = [Listener(one.socket, tls=tls.mode_of("require" if one.role == "nbd-tls" else None)) for one in given]
     if not given and not places:
         path = undo.enter_context(private_path()) if captive else None
         places = (ListenSettings(socket=path),)
     for place in places:
+        mode = tls.mode_of(place.tls)
         if place.socket is not None:
-            found = [listen_unix(place.socket, mode=place.mode)]
+            found = [listen_unix(place.socket, mode=place.mode, tls=mode)]
         else:
-            found = listen_tcp(place.address, DEFAULT_PORT if place.port is None else place.port)
+            found = listen_tcp(place.address, DEFAULT_PORT if place.port is None else place.port, tls=mode)
         for listener in found:
             undo.callback(listener.close)
         listeners += found

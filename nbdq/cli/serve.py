@@ -13,6 +13,7 @@ from nbdq.cli.metrics import metrics_options, metrics_settings
 from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
 from nbdq.cli.running import run
 from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
+from nbdq.cli.tls import tls_options, tls_settings
 from nbdq.cli.volumes import export_names, one_each
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.writing import DetectZeroes
@@ -87,6 +88,7 @@ _Result = TypeVar("_Result")
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
 @administration_options
+@tls_options
 @metrics_options
 @lifecycle_options
 @click.option(
@@ -110,6 +112,7 @@ def serve_command(images: tuple[str, ...], persistent: bool, **options: Any) -> 
                 listen=_from(listeners, options),
                 export=_from(exports, {**options, "images": images}),
                 admin=_from(admin_settings, options),
+                tls=_from(tls_settings, options),
                 metrics=_from(metrics_settings, options),
                 log=_from(log_settings, options),
                 server=_from(server_settings, options),

@@ -13,6 +13,7 @@ from nbdq.cli.lifecycle import ServerSettings
 from nbdq.cli.metrics import MetricsSettings
 from nbdq.cli.options import Mode, Size
 from nbdq.server.limits import Limits
+from nbdq.server.tls import TlsSettings
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class ListenSettings:
     address: str = "127.0.0.1"
     port: int | None = None
     """0 lets the system choose; the protocol's own if it is not given."""
+    tls: Literal["off", "allow", "require"] | None = None
+    """Whether clients may or must use TLS here; as section ``tls`` says for all if not given."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Settings:
     export: tuple[ExportSettings, ...] = ()
     admin: AdminSettings = field(default_factory=AdminSettings)
     limits: Limits = field(default_factory=Limits)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
     server: ServerSettings = field(default_factory=ServerSettings)

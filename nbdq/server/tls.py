@@ -9,9 +9,10 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nbdq.errors import ExportError, printable
+from nbdq.nbd.handshake import TlsMode
 from nbdq.server.psk import PresharedKeys
 from nbdq.server.resources import Resources
 from nbdq.server.stream import SecureStream
@@ -31,6 +32,9 @@ _WARN_SECONDS = 14 * 86400
 class TlsSettings:
     """Where certificates or keys are, and what clients have to show."""
 
+    mode: Literal["off", "allow", "require"] | None = None
+    """What clients may and must do where a listener does not say it itself (P64): by default they must use TLS if there
+    are certificates or keys, and cannot if there are none."""
     certificates: str | None = None
     """A directory with QEMU's names: ``server-cert.pem``, ``server-key.pem``, ``ca-cert.pem``, perhaps
     ``ca-crl.pem``."""
@@ -38,6 +42,15 @@ class TlsSettings:
     """Whether clients need a certificate signed by ``ca-cert.pem`` (R-16)."""
     psk_file: str | None = None
     """In place of certificates: pre-shared keys, a line ``name:hex`` for each (P65)."""
+
+    @property
+    def has_credentials(self) -> bool:
+        """Whether there are certificates or keys."""
+        return self.certificates is not None or self.psk_file is not None
+
+    def mode_of(self, listener: Literal["off", "allow", "require"] | None) -> TlsMode:
+        """What holds for a listener that says this itself, or None."""
+        return TlsMode(listener or self.mode or ("require" if self.has_credentials else "off"))
 
 
 @dataclass(frozen=True)
