@@ -11,8 +11,11 @@ from typing import Annotated, Literal
 from nbdq.cli.administration import AdminSettings
 from nbdq.cli.lifecycle import ServerSettings
 from nbdq.cli.metrics import MetricsSettings
-from nbdq.cli.options import Mode, Size
+from nbdq.cli.options import Backing, Mode, Size
+from nbdq.errors import ExportError
+from nbdq.server.access import Access
 from nbdq.server.limits import Limits
+from nbdq.server.rate import Rates
 from nbdq.server.tls import TlsSettings
 
 
@@ -30,36 +33,102 @@ class ListenSettings:
     tls: Literal["off", "allow", "require"] | None = None
     """Whether clients may or must use TLS here; as section ``tls`` says for all if not given."""
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: there is no such port.
+        """
+        if self.port is not None and self.port > 0xFFFF:
+            raise ExportError(f"port: {self.port} is not in the range 0 to 65535")
+
 
 @dataclass(frozen=True)
-class ExportSettings:
+class AccessSettings:
+    """What is demanded of clients; see :class:`nbdq.server.access.Access`. What is not given is not demanded."""
+
+    tls: bool = False
+    """Only under TLS."""
+    subjects: tuple[str, ...] | None = None
+    """Patterns for the subject or a name of the client's certificate, or ``PSK:`` and the name of its key."""
+    networks: tuple[str, ...] | None = None
+    """``192.0.2.0/24``, ``2001:db8::/32`` or single addresses, for TCP clients."""
+    users: tuple[str, ...] | None = None
+    """Names or numbers, for clients on unix sockets."""
+    groups: tuple[str, ...] | None = None
+    """The same of groups."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: a word means nothing.
+        """
+        self.make()
+
+    def make(self) -> Access:
+        """The demands, with names resolved."""
+        return Access.of(**vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """How clients see a disk: what an export and a directory of exports have in common."""
+
+    allow_backing: tuple[str, ...] = ()
+    """Directories that backing and data files may lie in, besides the image's own."""
+    allow_data_file: bool = False
+    """Open external data files that headers name."""
+    force_share: bool = False
+    """Open the image even if another process writes to it; read-only."""
+    allocation_depth: bool = False
+    """Offer the context ``qemu:allocation-depth``."""
+    snapshots: bool = False
+    """Offer internal snapshots, too, read-only, as ``NAME@SNAPSHOT``."""
+    layers: bool = False
+    """Offer the layers below, too, read-only, as ``NAME#1``, ``NAME#2``, …"""
+    max_connections: int = 0
+    """Clients at once; 0: as many as the limits say."""
+    discard: Literal["unmap", "ignore"] = "unmap"
+    """Whether clients can make images give up space."""
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    """Turn writes of zeros into zeroing that keeps the space, or with ``unmap`` gives it up."""
+    write_threshold: Annotated[int, Size()] | None = None
+    """Bytes of the image file beyond which a warning is logged."""
+    access: AccessSettings = field(default_factory=AccessSettings)
+    """What is demanded of clients."""
+    rate: Rates = field(default_factory=Rates)
+    """What all clients together may do in a second."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: two keys contradict each other.
+        """
+        if self.detect_zeroes == "unmap" and self.discard == "ignore":
+            raise ExportError("detect-zeroes unmap gives up space, which discard ignore forbids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings(Offer):
     """A disk, and how clients see it."""
 
     image: str
     """The top of the chain."""
     name: str | None = None
     """What clients ask for; what the file is called, without its suffix, if not given."""
+    default: bool = False
+    """Clients that name no export get this one."""
     description: str = ""
+    """Text for those who list exports."""
     format: Literal["qcow2", "raw"] = "qcow2"
     """Of the image; never guessed (R-34)."""
-    backing: tuple[tuple[str, str], ...] | None = None
-    """(format, path) of every layer below, in place of what headers say; empty ends the chain."""
-    allow_backing: tuple[str, ...] = ()
-    """Directories that backing and data files may lie in, besides the image's own."""
-    allow_data_file: bool = False
-    force_share: bool = False
-    """Open the image even if another process writes to it; read-only."""
+    backing: Annotated[tuple[tuple[str, str], ...], Backing()] | None = None
+    """``qcow2:PATH`` or ``raw:PATH`` of every layer below, in place of what headers say; an empty list ends the chain."""
     read_only: bool = False
+    """Refuse writes."""
     snapshot: str | None = None
     """Id or name of an internal snapshot to show instead of the disk; read-only."""
     bitmaps: tuple[str, ...] = ()
-    allocation_depth: bool = False
-    max_connections: int = 0
-    """Clients at once; 0 for no limit."""
-    discard: Literal["unmap", "ignore"] = "unmap"
-    detect_zeroes: Literal["off", "on", "unmap"] = "off"
-    write_threshold: Annotated[int, Size()] | None = None
-    """Bytes of the image file beyond which a warning is logged."""
+    """Dirty bitmaps to offer as contexts ``qemu:dirty-bitmap:NAME``."""
 
     @property
     def export_name(self) -> str:
@@ -70,6 +139,24 @@ class ExportSettings:
     def writable(self) -> bool:
         """Whether clients may write."""
         return not (self.read_only or self.snapshot is not None or self.force_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectorySettings(Offer):
+    """A directory each of whose images is an export, under the name of the file."""
+
+    path: str
+    """The directory; its subdirectories are not looked at."""
+    prefix: str = ""
+    """What names of exports begin with."""
+    qcow2: tuple[str, ...] = (".qcow2",)
+    """Suffixes of files that are QCOW2 images."""
+    raw: tuple[str, ...] = ()
+    """Suffixes of files that are raw images; formats are never guessed (R-34)."""
+    read_only: bool = True
+    """Refuse writes. If not, images that others in the directory lie over are read-only all the same."""
+    rescan_seconds: float = 10.0
+    """Between looks at what is there; 0: only on SIGHUP."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +176,7 @@ class Settings:
     """If there are none: the sockets of socket activation, or a private one for ``--run``, or TCP as ListenSettings has
     it by default."""
     export: tuple[ExportSettings, ...] = ()
+    export_directory: tuple[DirectorySettings, ...] = ()
     admin: AdminSettings = field(default_factory=AdminSettings)
     limits: Limits = field(default_factory=Limits)
     tls: TlsSettings = field(default_factory=TlsSettings)

@@ -139,7 +139,7 @@ def find_overlays(base_path: str, directories: Collection[str], *, known: Collec
             if identity in passed:
                 continue
             passed.add(identity)  # a second name of the same file
-            if base is None or base not in map(_identity, _backing_paths(path)):
+            if base is None or base not in map(_identity, backing_paths(path)):
                 continue
             if not _was_committed(path, base):
                 found.append(path)
@@ -194,7 +194,7 @@ def _identity(path: str) -> Identity | None:
     return None
 
 
-def _backing_paths(path: str) -> list[str]:
+def backing_paths(path: str) -> list[str]:
     """The files that the image at ``path`` may mean by its backing name; none if it has none or is no image."""
     try:
         with closing(FileStorage.open(path)) as storage:
