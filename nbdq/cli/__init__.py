@@ -29,6 +29,7 @@ _COMMANDS = {
     "ctl": ("ctl", "ctl_command"),
     "info": ("info", "info_command"),
     "map": ("map", "map_command"),
+    "probe": ("probe", "probe_command"),
     "serve": ("serve", "serve_command"),
 }
 

@@ -73,12 +73,20 @@ class Session:
         return _EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length) + payload
 
     def expect(
-        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, cookie: int | None = None
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        flags: int = 0,
+        cookie: int | None = None,
+        contexts: frozenset[int] | None = None,
     ) -> int:
-        """Note a request whose bytes the caller sends; returns its cookie, a fresh one unless given."""
+        """Note a request whose bytes the caller sends; returns its cookie, a fresh one unless given. A BLOCK_STATUS is
+        about the metadata contexts with the ids ``contexts``, every one that was selected unless given."""
         cookie = next(self._cookies) if cookie is None else cookie
         assert cookie not in self._outstanding
-        contexts = frozenset(self.contexts.values())
+        contexts = frozenset(self.contexts.values()) if contexts is None else contexts
         self._outstanding[cookie] = Transaction(command, offset, length, flags, contexts, self.export.size)
         return cookie
 

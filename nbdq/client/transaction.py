@@ -1,6 +1,7 @@
 """One request and its answer, judged by the letter while it comes in. Pure: bytes and numbers only."""
 
 import struct
+from bisect import bisect
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -23,6 +24,18 @@ class Extent(NamedTuple):
 
     length: int
     status: int
+
+
+class _Piece(NamedTuple):
+    """A part of what a READ has read; ``start`` is relative to the request. Without data it is all zeros."""
+
+    start: int
+    length: int
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 @dataclass
@@ -48,13 +61,12 @@ class Transaction:
     simple: bool = False
     done: bool = False
 
-    _data: bytearray = field(default_factory=bytearray)
-    _covered: list[tuple[int, int]] = field(default_factory=list)  # start and end of every content chunk
+    _pieces: list["_Piece"] = field(default_factory=list)  # what a READ has read, in ascending order
 
     @property
     def data(self) -> bytes:
         """What a READ that succeeded has read."""
-        return bytes(self._data)
+        return b"".join(piece.data or bytes(piece.length) for piece in self._pieces)
 
     @property
     def is_read(self) -> bool:
@@ -77,7 +89,7 @@ class Transaction:
 
     def take_data(self, data: bytes) -> None:
         """The data behind a simple reply."""
-        self._data[:] = data
+        self._pieces.append(_Piece(0, len(data), data))
 
     def limit(self, kind: int) -> int:
         """Bytes that the payload of a chunk of this type can have; more is hostile."""
@@ -145,14 +157,15 @@ class Transaction:
         start = offset - self.offset
         if start < 0 or start + length > self.length:
             raise ProtocolError(f"{length} bytes at {offset}: outside of the request (P113)")
-        if any(start < end and begin < start + length for begin, end in self._covered):
-            raise ProtocolError(f"{length} bytes at {offset}: they overlap an earlier chunk (P113)")
-        if self.flags & CommandFlag.DF and self._covered:
+        if self.flags & CommandFlag.DF and self._pieces:
             raise ProtocolError("a second content chunk although the request said DF (P115)")
-        self._covered.append((start, start + length))
-        self._data.extend(bytes(self.length - len(self._data)))
-        if kind == ChunkType.OFFSET_DATA:
-            self._data[start : start + length] = payload[_OFFSET.size :]
+        piece = _Piece(start, length, payload[_OFFSET.size :] if kind == ChunkType.OFFSET_DATA else b"")
+        place = bisect(self._pieces, piece)
+        if (place and self._pieces[place - 1].end > start) or (
+            place < len(self._pieces) and self._pieces[place].start < piece.end
+        ):
+            raise ProtocolError(f"{length} bytes at {offset}: they overlap an earlier chunk (P113)")
+        self._pieces.insert(place, piece)
 
     def _take_status(self, payload: bytes, *, extended: bool) -> None:
         head, pair = (8, ">QQ") if extended else (4, ">II")
@@ -177,7 +190,7 @@ class Transaction:
         self.extents[context] = extents
 
     def _check_complete(self) -> None:
-        if self.is_read and sum(end - start for start, end in self._covered) != self.length:
+        if self.is_read and sum(piece.length for piece in self._pieces) != self.length:
             raise ProtocolError("a READ that succeeded without all of its data (P113)")
         if self.command == Command.BLOCK_STATUS and self.extents.keys() != self.contexts:
             raise ProtocolError(f"block status of {len(self.extents)} contexts instead of {len(self.contexts)} (P117)")
