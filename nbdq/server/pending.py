@@ -16,6 +16,7 @@ from nbdq.nbd.constants import Command, CommandFlag
 from nbdq.nbd.transmission import RawRequest
 from nbdq.server.export import Export
 from nbdq.server.limits import GUARANTEED_BYTES
+from nbdq.server.long_change import LONG, LongChange
 from nbdq.server.perform import CHANGES, COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
 
@@ -45,6 +46,7 @@ class Pending:
     ) -> None:
         """On the loop thread, ``on_replies`` is called when there are :meth:`replies`, and ``on_memory`` when it is
         time to ask again for what was refused for want of memory."""
+        self._export = export
         self._writing = export.writing
         self._counters = performer.counters
         self._performer = performer
@@ -58,11 +60,18 @@ class Pending:
         self.payload = 0
         """Bytes reserved for a payload that is being received, or whose request waits to be served."""
         self._admitted: list[_Job] = []  # about to go to the pool
+        self._long: list[LongChange] = []  # … and long changes, when they begin, or when they were parked
+        self._between: deque[LongChange] = deque()  # those of which a piece is done, and more is to do
         self._replies: deque[tuple[RawRequest, float, list[Piece] | None]] = deque()
         self._woken = False  # the loop has been told of replies
         self._abandoned = False
         self._reserved = 0  # bytes taken from the budget for requests and replies …
         self._answered = 0  # … of which these are in the output, and are given back when it is empty
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing touches the device: a long change between two pieces does not, while the export is held."""
+        return self.in_progress == len(self._long)
 
     # Memory.
 
@@ -127,7 +136,9 @@ class Pending:
         if changes:
             self.changing[offset] = offset + length
         begun = monotonic()
-        if command == Command.FLUSH or (inline and payload is not None and self._write_at_once(request, payload)):
+        if length >= LONG and changes and payload is None:
+            self._long.append(LongChange(request, begun))
+        elif command == Command.FLUSH or (inline and payload is not None and self._write_at_once(request, payload)):
             self._commit(request, begun)
         else:
             if payload is not None and payload.obj is self._resources.receive_buffer:
@@ -174,6 +185,19 @@ class Pending:
         self._admitted = []
         for stretch in stretches.values():
             self._resources.pool.submit(partial(self._work, stretch))
+        while self._long:
+            self._resources.pool.submit(partial(self._work_piece, self._long.pop()))
+
+    def _work_piece(self, change: LongChange) -> None:
+        """Pool thread: one piece of a long change."""
+        try:
+            if self._abandoned or not change.perform(self._performer):
+                self._between.append(change)
+            else:
+                self._replies.append((change.request, change.begun, None))
+        except Exception as error:
+            self._replies.append((change.request, change.begun, self._performer.failure(change.request, error)))
+        self._wake()
 
     def _work(self, jobs: list[_Job]) -> None:
         """Pool thread: answer each request; the loop is woken once for all replies that it has not seen yet."""
@@ -186,6 +210,10 @@ class Pending:
                 begun = monotonic()
                 self._replies.append((request, admitted, self._performer.perform(request, payload)))
                 self._writing.pace.pooled(begun, monotonic())
+        self._wake()
+
+    def _wake(self) -> None:
+        """Pool thread: let the loop look at what is done, if it has not been told already."""
         if not self._woken:
             self._woken = True
             try:
@@ -197,6 +225,12 @@ class Pending:
         """Take the replies that are there; their memory stays reserved until :meth:`output_is_empty`."""
         self._woken = False  # before looking: what is appended from now on wakes the loop anew
         now = monotonic()
+        while self._between:
+            self._long.append(self._between.popleft())
+        if self._abandoned:
+            self._drop_long()
+        elif not self._export.is_held:
+            self.submit()
         while self._replies:
             request, begun, pieces = self._replies.popleft()
             operation = request[1]
@@ -222,4 +256,10 @@ class Pending:
         self._answered += sum(self._performer.charge(request) for request, _, _ in self._admitted)
         self.in_progress -= len(self._admitted)
         self._admitted = []
+        self._drop_long()
         self.output_is_empty()
+
+    def _drop_long(self) -> None:
+        self._answered += sum(self._performer.charge(change.request) for change in self._long)
+        self.in_progress -= len(self._long)
+        self._long = []

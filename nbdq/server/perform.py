@@ -17,6 +17,8 @@ from nbdq.server.salvage import Salvage
 _log = logging.getLogger(__name__)
 
 COMMAND_MASK = 0xFFFF
+#: So much of a CACHE is taken as a hint; more would only push out what was cached first.
+_PREFETCH_MAX = 4 << 30
 #: Commands that change the disk.
 CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)))
 
@@ -33,6 +35,11 @@ class Performer:
         self.replies = replies_for(transmission.negotiated)
         """How they are answered."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self._export.device.size
+
     def charge(self, request: RawRequest) -> int:
         """Bytes that a request and its reply can have at most, and something for their objects."""
         _, operation, _, _, length = request
@@ -41,7 +48,8 @@ class Performer:
             return length + 512
         if command == Command.BLOCK_STATUS:
             extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
-            return extents * 16 * len(self._transmission.negotiated.contexts) + 512
+            pair = 16 if self._transmission.negotiated.extended else 8
+            return extents * pair * len(self._transmission.negotiated.contexts) + 512
         return 512
 
     def answer(self, request: RawRequest) -> bytes | None:
@@ -76,9 +84,9 @@ class Performer:
             if command == Command.READ:
                 return self._read(request)
             if command in CHANGES:
-                self._change(operation, offset, length, payload)
+                self.change(operation, offset, length, payload)
                 return None
-            self._export.device.prefetch(offset, length)
+            self._export.device.prefetch(offset, min(length, _PREFETCH_MAX))
             return self.success(request)
         except Exception as error:
             return self.failure(request, error)
@@ -132,7 +140,12 @@ class Performer:
         self.counters.failed(Command.READ, length)
         return pieces
 
-    def _change(self, operation: int, offset: int, length: int, payload: memoryview | None) -> None:
+    def change(self, operation: int, offset: int, length: int, payload: memoryview | None = None) -> None:
+        """Carry out a WRITE of ``payload``, a TRIM or a WRITE_ZEROES.
+
+        Raises:
+            OSError: as the calls of :class:`~nbdq.block.WritableBlockDevice`.
+        """
         writing = self._export.writing
         assert writing is not None
         command, flags = operation & COMMAND_MASK, operation >> 16

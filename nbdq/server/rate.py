@@ -1,14 +1,16 @@
 """How fast the clients of an export may go, all together: token buckets for requests and for bytes.
 
-A session asks for the portion of its requests that may be served now, and is charged for what was. What is charged may
-be more than there was, by one request; the bucket is in debt then, and all wait until that is paid, so that the average
-keeps to the rate whatever the size of a request. Who has to wait does so in one line, and goes to its end after each
-portion: nobody gets more for having more connections' worth of requests ready, and nobody spins.
+A session serves the portion of its requests that is allowed now, and pays for it. That may be more than there was, by
+one request; the bucket is in debt then, and all wait until that is made up for, so that the average keeps to the rate
+whatever the size of a request. Who has to wait does so in one line, and goes to its end after each portion: all get the
+same, and nobody spins.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 
 from nbdq.errors import ExportError
@@ -18,6 +20,8 @@ from nbdq.nbd.transmission import RawRequest
 #: While somebody waits, portions are what the rate allows in such a time: many enough to look even, and few enough to
 #: cost nothing.
 _PORTION_SECONDS = 0.005
+#: The resolution of the loop's timers, below which it would spin.
+_SHORTEST_WAIT = 0.001
 #: Requests whose data counts; zeroing and discarding move none.
 _COUNTED = frozenset({Command.READ, Command.WRITE, Command.CACHE})
 _COMMAND_MASK = 0xFFFF
@@ -54,10 +58,11 @@ class _Bucket:
     def __init__(self, rate: float, burst: float, least: float) -> None:
         """``least``: what has to be there before anybody gets something."""
         self.rate = rate
-        self.level = self._most = max(rate * burst, least)
         self.portion = max(rate * _PORTION_SECONDS, least)
+        self.level = self._most = max(rate * burst, self.portion)
 
     def fill(self, seconds: float) -> None:
+        """Time has passed."""
         self.level = min(self._most, self.level + self.rate * seconds)
 
     @property
@@ -93,6 +98,9 @@ class Throttle:
     def change(self, rates: Rates) -> None:
         """Other rates from now on; debts are forgiven."""
         self._set(rates)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._wake()
 
     def admits(self, resume: Callable[[], None]) -> bool:
@@ -106,32 +114,57 @@ class Throttle:
         self._schedule()
         return False
 
-    def portion(self, requests: Iterable[RawRequest]) -> int:
-        """How many of ``requests``, the next ones of a client whose turn it is, may be served now; at least one."""
-        self._fill()
-        count_left, bytes_left = self._left(self._requests), self._left(self._bytes)
-        count = 0
-        for request in requests:
-            if count_left < 1 or bytes_left <= 0:
-                break
-            count += 1
+    def serve(
+        self,
+        backlog: deque[RawRequest],
+        batch: Callable[[deque[RawRequest]], bool],
+        resume: Callable[[], None],
+        *,
+        paid: bool,
+    ) -> bool:
+        """Have ``batch`` take from the front of ``backlog`` what is allowed now; False, and ``resume`` is called later,
+        if that is nothing. ``paid``: for the first request :meth:`pay` was called already."""
+        count = 1 if paid else self._portion(backlog, resume)
+        if not count:
+            return False
+        asked = [backlog.popleft() for _ in range(count)]
+        portion = deque(asked)
+        try:
+            return batch(portion)
+        finally:
+            if not paid:
+                costs = [_cost(request) for request in asked[: count - len(portion)]]
+                self.pay(requests=sum(cost for cost, _ in costs), bytes=sum(length for _, length in costs))
+            backlog.extendleft(reversed(portion))
+
+    def _portion(self, backlog: Iterable[RawRequest], resume: Callable[[], None]) -> int:
+        """How many of the next requests of a client may be served now."""
+        count, count_left, bytes_left = 0, 0.0, 0.0
+        admitted: bool | None = None  # not asked for as long as the next ones are free
+        for request in backlog:
             cost, length = _cost(request)
+            if cost:
+                if admitted is None:
+                    admitted = self.admits(resume)
+                    if admitted:
+                        count_left, bytes_left = self._left(self._requests), self._left(self._bytes)
+                if not admitted or count_left < 1 or bytes_left <= 0:
+                    break
+            count += 1
             count_left -= cost
             bytes_left -= length
-        return max(count, 1)
+        return count
 
     def _left(self, bucket: _Bucket) -> float:
         if not bucket.rate:
-            return float("inf")
+            return inf
         return min(bucket.level, bucket.portion) if self._waiting else bucket.level
 
-    def charge(self, requests: Iterable[RawRequest]) -> None:
-        """``requests`` were served, and the turn of who sent them is over."""
+    def pay(self, *, requests: int, bytes: int) -> None:
+        """So much is done, or about to be; whose turn it was has had it."""
         self._turn = None
-        for request in requests:
-            cost, length = _cost(request)
-            self._requests.level -= cost
-            self._bytes.level -= length
+        self._requests.level -= requests
+        self._bytes.level -= bytes
 
     def forget(self, resume: Callable[[], None]) -> None:
         """Who waits does so no more."""
@@ -152,7 +185,7 @@ class Throttle:
     def _schedule(self) -> None:
         if self._timer is None and self._waiting:
             call_later = self._call_later or asyncio.get_running_loop().call_later
-            self._timer = call_later(self._delay, self._on_time)
+            self._timer = call_later(max(self._delay, _SHORTEST_WAIT), self._on_time)
 
     def _on_time(self) -> None:
         self._timer = None

@@ -11,7 +11,6 @@ While the gate of the disk is closed, or the export paused, a session is *held*:
 and only sends what it has. The device is asked for anew in each batch, because it may be another one afterwards.
 """
 
-import asyncio
 import logging
 import socket
 from collections import deque
@@ -24,6 +23,7 @@ from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import Command, Errno, TransmissionFlag
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.transmission import RawRequest, Refusal, Transmission
+from nbdq.server.detach import reserve_copy
 from nbdq.server.export import Export
 from nbdq.server.limits import ARENA_SIZE, INLINE_WRITE_LENGTH, SENDFILE_LENGTH
 from nbdq.server.output import Output
@@ -48,8 +48,6 @@ _BATCHES_PER_TURN = 8
 _PAYLOAD_PER_TURN = 4 << 20
 #: What a send fails with because of the file, not of the socket; None if that became shorter (P101).
 _FILE_ERRORS = (None, EIO)
-#: How long a drained disk waits for a client to take replies for whose copy there is no memory, and how often it looks.
-_DETACH_SECONDS, _DETACH_INTERVAL = 2.0, 0.01
 
 
 class Session:
@@ -91,8 +89,9 @@ class Session:
             on_stall=partial(self._end, Ending(Cause.STALLED, "client does not read its replies")),
             stall_seconds=resources.limits.reply_stall_seconds,
         )
+        self._resume = partial(self._guard, self._serve)  # one object, by which a throttle knows us
         self._memory = PayloadMemory(
-            transmission, self._pending, resources, is_reading=lambda: self._watch.is_reading, end=self._end
+            transmission, self._pending, resources, export, self._watch, resume=self._resume, end=self._end
         )
         self._output = Output(sock)
         self._arena: bytearray | None = None  # held while the output points into it
@@ -101,6 +100,7 @@ class Session:
         self._ended = False
         self._due = False  # the loop will call _take_turn
         self._held = False  # nothing is begun
+        self._hurried = False  # rates do not count any more
         self._frozen = False  # the output is being copied, and must not change
 
     @property
@@ -120,12 +120,15 @@ class Session:
 
     def shut_down(self, ending: Ending) -> None:
         """Answer what is accepted, then end (P99)."""
+        self._hurried = True
         self._stop(ending)
-        self._guard(self._serve)
+        self._resume()
 
     def refuse(self, ending: Ending) -> None:
         """Answer what is accepted, and what comes after with ESHUTDOWN, until the client leaves (P99)."""
+        self._hurried = True
         self._transmission.refuse(Refusal(Errno.ESHUTDOWN, ending.text))
+        self._resume()
 
     def abandon(self) -> None:
         """Let go of the socket at once; replies that still come from the pool are dropped."""
@@ -158,7 +161,7 @@ class Session:
     @property
     def is_quiet(self) -> bool:
         """Whether nothing that was begun touches the device."""
-        return not self._pending.in_progress
+        return self._pending.is_quiet
 
     def reconsider(self) -> None:
         """Hold requests back, or go on where we were."""
@@ -166,6 +169,8 @@ class Session:
         if held != self._held:
             self._held = held
             if not self._ended:
+                if not held:
+                    self._pending.submit()  # long changes that were interrupted
                 self._guard(self._serve)
 
     def resize(self, size: int) -> None:
@@ -178,19 +183,11 @@ class Session:
         return not self._output.file_bytes
 
     async def detach(self) -> None:
-        """Copy what waits to be sent from files into memory: the files may change, or be closed, when this returns.
-
-        A client is cut that takes nothing while there is no memory for the copy, lest many of them hold up or burst the
-        server; it may connect again.
-        """
-        deadline = self._resources.loop.time() + _DETACH_SECONDS
-        while (length := self._output.file_bytes) and not self._pending.reserve_reply(length):
-            if self._resources.loop.time() > deadline:
-                text = "client does not read its replies, and its disk has to change"
-                self._end(Ending(Cause.STALLED, text))
-                return
-            await asyncio.sleep(_DETACH_INTERVAL)
-        if not length:
+        """Copy what waits to be sent from files into memory: the files may change, or be closed, when this returns."""
+        stalled = await reserve_copy(self._output, self._pending)
+        if stalled is not None:
+            self._end(stalled)
+        if self.is_detached:
             return
         self._frozen = True
         self._watch.ignore_room()
@@ -273,7 +270,7 @@ class Session:
     def _serve(self) -> None:
         """Answer the backlog as far as the socket and the budgets allow, and decide what to wait for next."""
         for _ in range(_BATCHES_PER_TURN):
-            if not self._backlog or self._output or self._held or self._ended or not self._serve_batch():
+            if not self._backlog or self._output or self._held or self._ended or not self._serve_some():
                 break
         else:
             self._serve_again()
@@ -290,9 +287,16 @@ class Session:
         self._watch.pause()
         self._transmission.settle()
 
-    def _serve_batch(self) -> bool:
+    def _serve_some(self) -> bool:
+        """Serve a batch of the backlog, or what of it the export's rates allow; False when it must wait."""
+        throttle = self.export.throttle
+        if throttle is None or self._hurried:
+            return self._serve_batch(self._backlog)
+        return throttle.serve(self._backlog, self._serve_batch, self._resume, paid=bool(self._pending.payload))
+
+    def _serve_batch(self, backlog: deque[RawRequest]) -> bool:
         """Fill one arena with replies and send it; False when the backlog must wait for the pool or the budgets."""
-        output, backlog = self._output, self._backlog
+        output = self._output
         self._arena = arena = self._resources.borrow_arena()
         view = memoryview(arena)
         queued = position = 0  # arena bytes before `queued` are in the output already

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from nbdq.server import session
+from nbdq.server import detach
 from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.threads import in_thread
@@ -231,7 +231,7 @@ def test_replies_that_wait_in_files_are_true_although_the_files_change(loop: str
 def test_a_client_is_cut_for_whose_unread_replies_there_is_no_memory(
     loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "_DETACH_SECONDS", 0.05)
+    monkeypatch.setattr(detach, "_WAIT_SECONDS", 0.05)
     path = tmp_path / "disk"
     path.write_bytes(CONTENT)
     disk = FileDisk(path)
