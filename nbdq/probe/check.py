@@ -61,7 +61,7 @@ class Check:
         return " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split())
 
 
-#: Every check, in the order in which they are run.
+#: Every check; ``run`` puts them in order.
 CHECKS: Final[list[Check]] = []
 
 

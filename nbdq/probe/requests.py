@@ -1,6 +1,7 @@
 """Checks of the transmission phase that change nothing: requests, errors, order, and leaving (P80-P115)."""
 
 import random
+import time
 
 from nbdq.client.session import Session
 from nbdq.client.transaction import error_name
@@ -20,6 +21,9 @@ _PIPELINED = 2000
 
 _UNKNOWN_COMMANDS = (8, 99, 0xFFFF)
 _UNKNOWN_FLAG = 1 << 14
+
+#: Seconds in which a server that sends to somebody who does not read comes to the point where it has to wait.
+_SETTLE = 0.2
 
 _CONTENT = (ChunkType.OFFSET_DATA, ChunkType.OFFSET_HOLE)
 
@@ -280,12 +284,15 @@ def wrong_request_magic(target: Target) -> None:
 @check("P94", Level.PRACTICE)
 def client_that_does_not_listen(target: Target) -> None:
     """A client that asks for much, reads nothing and leaves harms nobody else."""
+    target.need_several()
     target.need(target.size, "the export is empty")
     length = min(target.size - target.size % target.sizes.minimum, target.sizes.maximum, 16 << 20)
     with target.session() as witness:
         for session in target.sessions():
             cookies = [session.expect(Command.READ, 0, length) for _ in range(16)]
             session.channel.send(b"".join(session.pack(Command.READ, cookie, 0, length) for cookie in cookies))
+            session.channel.receive(1)
+            time.sleep(_SETTLE)
             session.channel.close()
             try:
                 expect_alive(witness, target)

@@ -12,8 +12,10 @@ from nbdq.probe import contexts, exports, extended, handshake, requests, tls, wr
 from nbdq.probe.check import CHECKS, Check, Deviation, Level, NotApplicable
 from nbdq.probe.target import Target
 
-#: The modules that hold the checks; importing them has registered those.
-SUBJECTS = (handshake, exports, tls, requests, contexts, extended, writes)
+#: The modules whose import has registered the checks, in the order in which those are run: from the first thing that a
+#: server says to what it is told to change.
+_SUBJECTS = (handshake, exports, tls, requests, contexts, extended, writes)
+CHECKS.sort(key=lambda check: [subject.__name__ for subject in _SUBJECTS].index(check.function.__module__))
 
 #: Seconds that a server has to come back, in case that somebody restarts it.
 _RETURN = 3.0
@@ -40,7 +42,8 @@ class Result:
     observed: str
     """What the server did instead, or why nothing was tested; empty if all is well."""
     level: Level
-    """That of the check, or MUST if the server broke a rule that always holds, or went away."""
+    """That of the check, or MUST if the server broke a rule that always holds: one of the form of replies, or, by going
+    away, that connections are ended by clients, or for a fault of their own (P141)."""
 
 
 def select(items: Sequence[str]) -> list[Check]:

@@ -2,7 +2,7 @@
 
 import ssl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from nbdq.client.connection import EVERY_INFO, Connection, dial
@@ -48,7 +48,7 @@ class Target:
     mode: Mode | None = None
     """What the check that runs is looking at, if it looks at several; to say with what it observed."""
     export: ExportDetails = field(init=False)
-    """As INFO or EXPORT_NAME tells it to a client that asks for structured replies."""
+    """As GO, or else EXPORT_NAME, tells it to a client that asked for structured replies."""
     modes: list[Mode] = field(init=False)
     """Those that the server offers."""
     contexts: list[str] = field(init=False)
@@ -57,6 +57,8 @@ class Target:
     """Everything but STARTTLS is refused until the connection is encrypted."""
     serves_every_name: bool = False
     """There is no name that is unknown."""
+    takes_several: bool = False
+    """Several clients may be connected at once."""
 
     def __post_init__(self) -> None:
         self._tls = tls_context(self.uri) if self.uri.secure else None
@@ -72,32 +74,27 @@ class Target:
         """
         self.modes, self.contexts = [SIMPLE], []
         self.export = ExportDetails(0, TransmissionFlag(0))
-        with self.connect() as connection:
-            try:
-                self._explore(connection)
-            except OptionFailed as failure:
-                if self.uri.secure or failure.reply != OptionReply.ERR_TLS_REQD:
-                    raise
-                self.demands_tls = True
-
-    def _explore(self, connection: Connection) -> None:
-        if connection.structured_reply():
-            self.modes.append(STRUCTURED)
-            try:
-                self.contexts = [name for name in connection.list_meta_contexts(self.uri.export) if name[-1] != ":"]
-            except OptionFailed:
-                self.contexts = []
         try:
-            self.export = connection.info(self.uri.export)
+            self._explore()
         except OptionFailed as failure:
-            if failure.reply != OptionReply.ERR_UNSUP:
+            if self.uri.secure or failure.reply != OptionReply.ERR_TLS_REQD:
                 raise
-            with self.connect() as other:
-                self.export = other.export_name(self.uri.export).export
-        else:
+            self.demands_tls = True
+
+    def _explore(self) -> None:
+        with self.connect() as connection:
+            if connection.structured_reply():
+                self.modes.append(STRUCTURED)
+                with suppress(OptionFailed):  # there are servers without
+                    names = connection.list_meta_contexts(self.uri.export)
+                    self.contexts = [name for name in names if not name.endswith(":")]
             self.serves_every_name = not connection.ask(Option.INFO, info_data(NO_EXPORT))[-1].is_error
-        if connection.extended_headers():
-            self.modes.append(EXTENDED)
+            self.export = go(connection, self.uri.export).export
+        with self.connect() as connection:
+            if connection.extended_headers():
+                self.modes.append(EXTENDED)
+        with self.connect(), suppress(TimeoutError), self.connect():
+            self.takes_several = True
 
     # Facts.
 
@@ -126,6 +123,10 @@ class Target:
     def need_flag(self, flag: TransmissionFlag) -> None:
         """End the check unless the export advertises ``flag``."""
         self.need(self.has(flag), f"the export does not have {flag.name}")
+
+    def need_several(self) -> None:
+        """End the check unless two connections are to be had at once."""
+        self.need(self.takes_several, "the server takes one client at a time")
 
     def need_writable(self, flag: TransmissionFlag = TransmissionFlag.HAS_FLAGS) -> None:
         """End the check unless the export can be written to in the way that ``flag`` advertises."""

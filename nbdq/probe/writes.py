@@ -77,6 +77,7 @@ def _payload_less(target: Target) -> list[int]:
 def flush_covers_other_connections(target: Target) -> None:
     """With CAN_MULTI_CONN, what was written and flushed over one connection is read over another."""
     target.need_writable(TransmissionFlag.CAN_MULTI_CONN)
+    target.need_several()
     with target.session() as writer, target.session() as reader:
         for seed in range(1, 9):
             data = _data(target.block, seed)
