@@ -5,6 +5,7 @@ that are gone.
 """
 
 import threading
+from bisect import bisect_left
 from collections import Counter
 
 from nbdq.durations import BOUNDS, Durations
@@ -41,7 +42,9 @@ class Counters:
     def done(self, command: int, count: int, length: int, seconds: float) -> None:
         """``count`` requests with ``length`` bytes in all are answered after ``seconds`` each, those that failed among
         them."""
-        self.durations[command].add(seconds, count)
+        durations = self.durations[command]
+        durations.classes[bisect_left(BOUNDS, seconds)] += count  # as Durations.add(), a call less for each batch
+        durations.seconds += seconds * count
         self._bytes[command] += length
 
     def refused(self, command: int) -> None:
