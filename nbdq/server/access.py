@@ -70,7 +70,7 @@ class Access:
         return self.tls or bool(self.subjects)
 
     def objection(self, peer: Peer) -> str:
-        """Why ``peer`` is not let in, whatever TLS may prove yet; empty if nothing is wrong with where it comes from."""
+        """Why ``peer`` is not let in, whatever TLS may prove; empty if nothing is wrong with where it comes from."""
         if not (self.networks or self.users or self.groups):
             return ""
         if peer.host is not None:

@@ -22,6 +22,8 @@ from nbdq.nbd.transmission import RawRequest
 _PORTION_SECONDS = 0.005
 #: The resolution of the loop's timers, below which it would spin.
 _SHORTEST_WAIT = 0.001
+#: Nothing is lost of the rate when a timer comes so late.
+_LATENESS = 0.05
 #: Requests whose data counts; zeroing and discarding move none.
 _COUNTED = frozenset({Command.READ, Command.WRITE, Command.CACHE})
 _COMMAND_MASK = 0xFFFF
@@ -58,12 +60,24 @@ class _Bucket:
     def __init__(self, rate: float, burst: float, least: float) -> None:
         """``least``: what has to be there before anybody gets something."""
         self.rate = rate
+        self._least = least
         self.portion = max(rate * _PORTION_SECONDS, least)
-        self.level = self._most = max(rate * burst, self.portion)
+        self.level = self._most = max(rate * burst, self.portion + rate * _LATENESS)
 
     def fill(self, seconds: float) -> None:
         """Time has passed."""
         self.level = min(self._most, self.level + self.rate * seconds)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is not enough for anybody."""
+        return bool(self.rate) and self.level < self._least
+
+    def share(self, count: int) -> float:
+        """What one of ``count`` who wait may take at a time."""
+        if not self.rate:
+            return inf
+        return min(self.level, max(self.portion / count, self._least)) if count else self.level
 
     @property
     def delay(self) -> float:
@@ -147,18 +161,15 @@ class Throttle:
                 if admitted is None:
                     admitted = self.admits(resume)
                     if admitted:
-                        count_left, bytes_left = self._left(self._requests), self._left(self._bytes)
+                        others = len(self._waiting)
+                        count_left = self._requests.share(others and others + 1)
+                        bytes_left = self._bytes.share(others and others + 1)
                 if not admitted or count_left < 1 or bytes_left <= 0:
                     break
             count += 1
             count_left -= cost
             bytes_left -= length
         return count
-
-    def _left(self, bucket: _Bucket) -> float:
-        if not bucket.rate:
-            return inf
-        return min(bucket.level, bucket.portion) if self._waiting else bucket.level
 
     def pay(self, *, requests: int, bytes: int) -> None:
         """So much is done, or about to be; whose turn it was has had it."""
@@ -192,10 +203,10 @@ class Throttle:
         self._wake()
 
     def _wake(self) -> None:
-        """Give each of those who wait now a turn, as far as there is something to give."""
+        """Give each of those who wait now a turn, for as long as there is something to give."""
         for resume in list(self._waiting):
             self._fill()
-            if self._delay:
+            if self._requests.is_empty or self._bytes.is_empty:
                 break
             if resume in self._waiting:
                 del self._waiting[resume]
