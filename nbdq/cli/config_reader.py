@@ -97,15 +97,20 @@ def _read_items(annotation: Any, reader: Any, value: Any, where: str, problems: 
         item = Annotated[item, reader]
     tables = is_dataclass(item)
     return tuple(
-        read_value(item, each, _place(where, number, each) if tables else where, problems)
+        read_value(item, each, place_of(where, number, _name_of(each)) if tables else where, problems)
         for number, each in enumerate(value, 1)
     )
 
 
-def _place(where: str, number: int, table: Any) -> str:
-    """One of several tables of a name, such as ``export 2 ("vm")``."""
-    name = next((table[key] for key in ("name", "image", "path", "socket") if key in table), None)
-    return f"{where} {number}" + (f' ("{printable(name)}")' if isinstance(name, str) else "")
+def place_of(section: str, number: int, name: str | None) -> str:
+    """One of several tables, such as ``export 2 ("vm")``."""
+    return f"{section} {number}" + (f' ("{printable(name)}")' if name is not None else "")
+
+
+def _name_of(table: Any) -> str | None:
+    if not isinstance(table, dict):
+        return None
+    return next((table[key] for key in ("name", "image", "path", "socket") if isinstance(table.get(key), str)), None)
 
 
 def _converted(reader: click.ParamType[Any], value: str, where: str, problems: Problems) -> Any:

@@ -1,6 +1,7 @@
 """A server from its settings: everything opened before anybody can connect, and closed in the end, come what may."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 
 import uvloop
@@ -10,19 +11,19 @@ from nbdq.chain.clusters import ClusterCache
 from nbdq.cli.administration import open_administration
 from nbdq.cli.caller import Caller
 from nbdq.cli.captive import run_command, variables
+from nbdq.cli.disks import Disks
 from nbdq.cli.lifecycle import StartSettings, process_id_in
 from nbdq.cli.listeners import one_of_role, open_listeners
 from nbdq.cli.logs import configure_logging
 from nbdq.cli.metrics import Monitoring, listen_for_monitoring
+from nbdq.cli.reload import Catalogue, Reloader
 from nbdq.cli.settings import Settings
 from nbdq.cli.signals import StopSignals
 from nbdq.cli.tls import open_tls
-from nbdq.cli.volumes import open_volumes
 from nbdq.server.export import Exports
 from nbdq.server.listener import Listener
 from nbdq.server.server import Server
 from nbdq.server.tls import Tls
-from nbdq.server.volume import Volume
 from nbdq.storage import share_one_heap
 
 #: What a second signal leaves of the time for an end in peace.
@@ -32,9 +33,9 @@ _HURRY_SECONDS = 2.0
 _SAVE_SECONDS = 300.0
 
 
-def run(settings: Settings, start: StartSettings | None = None) -> int:
+def run(settings: Settings, start: StartSettings | None = None, *, load: Callable[[], Settings] | None = None) -> int:
     """Serve until a signal or an administrator says stop, or the command of ``start`` has ended; then everything
-    written is durable (R-76).
+    written is durable (R-76). ``load`` reads the settings anew when SIGHUP or an administrator says so (R-77).
 
     Returns:
         The exit status: 0, or that of the command.
@@ -53,23 +54,31 @@ def run(settings: Settings, start: StartSettings | None = None) -> int:
     with (
         StopSignals() as signals,
         closing(open_administration(settings.admin, one_of_role(caller.sockets, "admin"))) as administrators,
-        open_volumes(
-            settings.export,
-            exports,
-            clusters=clusters,
-            top_of=administrators.top_of,
-            index_bytes=settings.limits.index_bytes,
-        ) as volumes,
+        closing(Disks(exports, administrators, clusters=clusters, index_bytes=settings.limits.index_bytes)) as disks,
         ExitStack() as undo,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
+        catalogue = Catalogue(of_file=load is not None)
+        disks.open_first(catalogue.wanted(settings))
         captive = start.run is not None
         listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
         tls = open_tls(settings.tls, [listener.tls for listener in listeners])
         monitors = listen_for_monitoring(settings.metrics, undo)
         return runner.run(
             _serve(
-                settings, start, exports, volumes, clusters, administrators, listeners, tls, monitors, caller, signals
+                settings,
+                start,
+                load,
+                catalogue,
+                exports,
+                disks,
+                clusters,
+                administrators,
+                listeners,
+                tls,
+                monitors,
+                caller,
+                signals,
             )
         )
 
@@ -77,8 +86,10 @@ def run(settings: Settings, start: StartSettings | None = None) -> int:
 async def _serve(
     settings: Settings,
     start: StartSettings,
+    load: Callable[[], Settings] | None,
+    catalogue: Catalogue,
     exports: Exports,
-    volumes: list[Volume],
+    disks: Disks,
     clusters: ClusterCache,
     administrators: Administration,
     listeners: list[Listener],
@@ -89,7 +100,7 @@ async def _serve(
 ) -> int:
     stop = asyncio.Event()
     server = Server(exports, listeners, settings.limits, tls=tls)
-    monitoring = Monitoring(monitors, server, volumes, clusters, lambda: [job.info() for job in administrators.jobs])
+    monitoring = Monitoring(monitors, server, disks, clusters, lambda: [job.info() for job in administrators.jobs])
 
     def on_signal(count: int) -> None:
         stop.set()
@@ -98,15 +109,17 @@ async def _serve(
             asyncio.get_running_loop().call_later(_HURRY_SECONDS, administrators.hurry)
 
     signals.deliver(on_signal)
+    reloader = Reloader(settings, load, catalogue, disks, server, tls, caller.notifier)
     patience = settings.limits.drain_seconds
     try:
-        await administrators.start(volumes, exports, stop.set)
+        await administrators.start(disks, exports, stop.set, reloader.reload)
         try:
             server.start()
             monitoring.is_ready = True
             with process_id_in(settings.server.pid_file):
                 caller.tell_ready(listener.uri(name) for listener in listeners for name in exports.by_name)
                 caller.notifier.start(lambda: _status(exports))
+                reloader.start()
                 if start.run is not None:
                     name = next(iter(exports.by_name), "")
                     return await run_command(start.run, variables(listeners[0], name), stop)
@@ -115,6 +128,7 @@ async def _serve(
         finally:
             caller.notifier.stopping("waiting for clients to finish", within=2 * patience + _SAVE_SECONDS)
             monitoring.is_ready = False
+            await reloader.stop()
             server.admit_nobody()
             await administrators.stop(within=patience)
     finally:

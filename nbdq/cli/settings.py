@@ -122,7 +122,7 @@ class ExportSettings(Offer):
     format: Literal["qcow2", "raw"] = "qcow2"
     """Of the image; never guessed (R-34)."""
     backing: Annotated[tuple[tuple[str, str], ...], Backing()] | None = None
-    """``qcow2:PATH`` or ``raw:PATH`` of every layer below, in place of what headers say; an empty list ends the chain."""
+    """``qcow2:PATH`` or ``raw:PATH`` of every layer below, in place of what headers say; ``[]`` ends the chain."""
     read_only: bool = False
     """Refuse writes."""
     snapshot: str | None = None

@@ -1,8 +1,7 @@
-"""From the settings of exports to what a server serves: each a volume with one export."""
+"""From the settings of an export to what a server serves: names, the wish, and the chain of the disk."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 import click
@@ -12,10 +11,9 @@ from nbdq.chain.live import LiveChain
 from nbdq.chain.policy import Policy
 from nbdq.cli.settings import ExportSettings
 from nbdq.errors import ExportError, printable
-from nbdq.server.export import Exports
-from nbdq.server.volume import Volume
 from nbdq.server.wish import Wish
 from nbdq.server.writing import DetectZeroes
+from nbdq.storage import Identity
 
 _log = logging.getLogger(__name__)
 
@@ -46,18 +44,6 @@ def one_each(option: str, values: Sequence[str], images: Sequence[str], *, defau
     return list(values)
 
 
-def volume_names(exports: Sequence[ExportSettings]) -> list[str]:
-    """What administrators call the disks: as the exports, or as the files where these have no name; all different."""
-    names: list[str] = []
-    for export in exports:
-        name = stem = export.export_name or PurePath(export.image).stem
-        number = 2
-        while name in names:
-            name, number = f"{stem}-{number}", number + 1
-        names.append(name)
-    return names
-
-
 def wish_of(export: ExportSettings, *, id: str) -> Wish:
     """What is to be offered of the disk."""
     return Wish(
@@ -68,15 +54,28 @@ def wish_of(export: ExportSettings, *, id: str) -> Wish:
         bitmaps=export.bitmaps,
         allocation_depth=export.allocation_depth,
         maximum_connections=export.max_connections,
+        access=export.access.make(),
+        rates=export.rate,
         discard=export.discard == "unmap",
         detect_zeroes=DetectZeroes(export.detect_zeroes),
     )
 
 
 def open_chain(
-    export: ExportSettings, name: str, *, clusters: ClusterCache, top_of: TopOf, index_bytes: int
+    export: ExportSettings,
+    name: str,
+    *,
+    identity: Identity | None,
+    clusters: ClusterCache,
+    top_of: TopOf,
+    index_bytes: int,
 ) -> LiveChain:
     """Open the disk ``name``, whose top may be another image by now. The caller owns it.
+
+    Args:
+        identity: of the image as it was found; if it is the top, it has to be that file still.
+        top_of: which image to open, since snapshots and commits may have put another one in front or behind.
+        index_bytes: for the windows of the chain's index.
 
     Raises:
         ImageError, OSError: as :meth:`~nbdq.chain.live.LiveChain.open`.
@@ -92,7 +91,7 @@ def open_chain(
             f"{printable(image, 1024)}: by now {printable(top[0], 1024)} is the top of this disk; --backing "
             "says what is below the former; leave it out, or name the new top as IMAGE"
         )
-    return LiveChain.open(
+    chain = LiveChain.open(
         top[0],
         format=top[1],
         policy=top[2],
@@ -104,42 +103,7 @@ def open_chain(
         write_threshold=export.write_threshold,
         on_event=_log.warning,
     )
-
-
-@contextmanager
-def open_volumes(
-    exports: Sequence[ExportSettings], directory: Exports, *, clusters: ClusterCache, top_of: TopOf, index_bytes: int
-) -> Iterator[list[Volume]]:
-    """Open a volume for each of ``exports``, and put these into ``directory``; at the end everything written is made
-    durable, and the volumes closed (R-76).
-
-    Args:
-        top_of: which image to open, since snapshots and commits may have put another one in front or behind.
-        index_bytes: for the windows of the chain indexes of all of them.
-
-    Raises:
-        ImageError, ExportError, OSError: as :func:`open_chain` and :meth:`~nbdq.server.volume.Volume.add`.
-        ExportError: at the end, some disk could not be saved; all are closed nevertheless.
-    """
-    volumes: list[Volume] = []
-    try:
-        for export, name in zip(exports, volume_names(exports), strict=True):
-            chain = open_chain(export, name, clusters=clusters, top_of=top_of, index_bytes=index_bytes // len(exports))
-            volumes.append(Volume(name, chain, directory))
-            volumes[-1].open_first(wish_of(export, id=name))
-        yield volumes
-    finally:
-        clusters.close()  # first, because it may be reading the disks
-        _save(volumes)
-
-
-def _save(volumes: Sequence[Volume]) -> None:
-    failures = []
-    for volume in volumes:
-        path = volume.chain.path
-        try:
-            volume.close()
-        except OSError as error:
-            failures.append(f"{printable(path)}: what was written last may be lost: {error.strerror or error}")
-    if failures:
-        raise ExportError("; ".join(failures))
+    if identity is not None and top[0] == image and chain.layers[0].storage.identity != identity:
+        chain.close()
+        raise ExportError(f"{printable(image, 1024)}: was exchanged while it was being opened")
+    return chain

@@ -6,10 +6,13 @@ Names come from a listing, and what clients ask for is only compared with them: 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from nbdq.errors import ExportError, printable
 from nbdq.ops.preflight import backing_paths
 from nbdq.storage import Identity, identity_of
+
+Format = Literal["qcow2", "raw"]
 
 #: Files of a directory that are looked at; with more, something else than a directory of images was named.
 FILES_MAX = 10_000
@@ -22,14 +25,14 @@ class Found:
     name: str
     """Of the file."""
     path: str
-    format: str
+    format: Format
     identity: Identity
     """Which file has the path."""
     has_overlay: bool
     """Whether another image of the directory lies over it."""
 
 
-def list_images(directory: str, formats: Mapping[str, str]) -> list[Found]:
+def list_images(directory: str, formats: Mapping[str, Format]) -> list[Found]:
     """The images of ``directory``, in the order of their names; waits for disks.
 
     Only regular files count, not even links to some, whose names are UTF-8, without control characters and without a
@@ -39,7 +42,7 @@ def list_images(directory: str, formats: Mapping[str, str]) -> list[Found]:
         ExportError: the directory holds more than FILES_MAX files.
         OSError: it cannot be read.
     """
-    files: list[tuple[str, str, str, Identity]] = []
+    files: list[tuple[str, str, Format, Identity]] = []
     lower: set[Identity] = set()
     with os.scandir(directory) as entries:
         for number, entry in enumerate(entries):
@@ -69,7 +72,7 @@ def is_safe(name: str) -> bool:
     return not name.startswith(".") and "/" not in name and name.isprintable()
 
 
-def _format_of(name: str, formats: Mapping[str, str]) -> str | None:
+def _format_of(name: str, formats: Mapping[str, Format]) -> Format | None:
     """By the longest suffix that fits."""
     fitting = [suffix for suffix in formats if name.endswith(suffix) and name != suffix]
     return formats[max(fitting, key=len)] if fitting else None

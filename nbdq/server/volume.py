@@ -48,6 +48,7 @@ class Volume:
         self.name = name
         self.chain = chain
         self.gate = Gate()
+        self.is_closed = False
         self._directory = directory
         self._shown: dict[str, Shown] = {}
         self._retired = Counters()
@@ -159,6 +160,7 @@ class Volume:
         Raises:
             OSError: what was written last may be lost. Everything is closed nevertheless.
         """
+        self.is_closed = True
         self.chain.close()
 
     # Exports.

@@ -266,7 +266,7 @@ def test_what_was_written_and_cannot_be_saved_at_the_end_is_an_error(
 ) -> None:
     """R-76, R-63."""
 
-    async def write_something(_settings: object, exports: Exports, *_: object) -> None:
+    async def write_something(_1: object, _2: object, _3: object, _4: object, exports: Exports, *_: object) -> None:
         for export in exports.by_name.values():
             assert export.writing is not None
             export.writing.write(0, memoryview(b"new." * 128))
