@@ -25,8 +25,6 @@ _log = logging.getLogger(__name__)
 _FUA = CommandFlag.FUA << 16
 #: Requests that fall into one stretch of this size go to one worker: they probably wait for the same cluster.
 _STRETCH_BITS = 16
-#: Requests of one client that wait at once, lest others wait behind them; as many as Linux has on its way at once.
-_IN_PROGRESS_MAX = 128
 
 #: A request, its payload, and the moment when it was admitted.
 _Job = tuple[RawRequest, memoryview | None, float]
@@ -128,7 +126,7 @@ class Pending:
         _, operation, _, offset, length = request
         command = operation & COMMAND_MASK
         changes = command in CHANGES
-        if self.in_progress == _IN_PROGRESS_MAX or (changes and self.overlaps(offset, length)):
+        if self.in_progress >= self._resources.limits.requests or (changes and self.overlaps(offset, length)):
             return False  # our own requests will end, and that serves the backlog again
         if not self._reserve_for(request):
             return False
