@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from nbdq.server.listener import Listener
 
 #: How long a command that is told to end may take.
-_TERMINATION_SECONDS = 5.0
+_TERMINATION_SECONDS = 2.0
 
 
 @contextmanager
