@@ -31,6 +31,7 @@ _COMMANDS = {
     "map": ("map", "map_command"),
     "probe": ("probe", "probe_command"),
     "serve": ("serve", "serve_command"),
+    "wait": ("wait", "wait_command"),
 }
 
 
