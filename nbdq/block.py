@@ -78,6 +78,8 @@ class Status(NamedTuple):
     depth: NDArray[np.uint16]
     """0: allocated nowhere; 1: by the top layer; 2: by the one below it, and so on (P7)."""
     end: int
+    host: Offsets
+    """Where the data is in the file of its layer, for kinds that have an offset (M4); anything for others."""
 
 
 class FilePiece(NamedTuple):

@@ -400,7 +400,7 @@ def statuses(chunks: Iterable[tuple[Runs, int]], layer_count: int) -> Iterator[S
         unallocated = runs.kind <= Kind.UNALLOCATED_OFFSET
         # A layer that ends too early counts as the one that provides the zeros behind its end (P7).
         depth[unallocated] = np.where(runs.layer[unallocated] == bottom, 0, runs.layer[unallocated] + np.uint16(2))
-        yield Status(runs.start, runs.kind, depth, end)
+        yield Status(runs.start, runs.kind, depth, end, runs.host)
 
 
 def _part(cluster: bytes, offset: int, length: int) -> memoryview:

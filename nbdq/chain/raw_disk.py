@@ -84,7 +84,8 @@ class RawDisk:
             kinds.append(Kind.DATA if is_data else Kind.HOLE)
             if len(starts) == chunk or stop == end:
                 depth = np.ones(len(starts), dtype=np.uint16)
-                yield Status(np.array(starts, dtype=np.uint64), np.array(kinds, dtype=np.uint8), depth, stop)
+                offsets = np.array(starts, dtype=np.uint64)
+                yield Status(offsets, np.array(kinds, dtype=np.uint8), depth, stop, offsets)
                 starts, kinds, chunk = [], [], _CHUNK
 
     def prefetch(self, offset: int, length: int) -> None:

@@ -1,6 +1,7 @@
 """Metadata contexts: from block status and dirty bitmaps to the extents of the wire (P117-P119, P6, P7, P48)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import monotonic
 from typing import Protocol
 
 import numpy as np
@@ -9,20 +10,21 @@ from numpy.typing import NDArray
 from nbdq.block import BlockDevice, Kind, Offsets, Status
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, AllocationState
 
+#: After so many seconds a status ends where it has come to, and the client asks again from there (P117): a range may be
+#: a whole disk (P124), of which a table has to be read for every half a gigabyte.
+_SECONDS = 0.25
+
 _HOLE_AND_ZERO = AllocationState.HOLE | AllocationState.ZERO
 _BASE_FLAGS = np.zeros(max(Kind) + 1, dtype=np.uint32)
 for _kind in (Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET, Kind.ZERO, Kind.ZERO_OFFSET, Kind.HOLE):
     _BASE_FLAGS[_kind] = _HOLE_AND_ZERO
 _BASE_FLAGS[Kind.DATA_HOLE] = AllocationState.ZERO
 
+Flags = NDArray[np.uint32] | NDArray[np.uint64]
 #: Parallel arrays of starts and flags of contiguous ranges, and the end of the last one.
-Ranges = tuple[Offsets, NDArray[np.uint32], int]
-
-#: Context name → flags of each entry of a status.
-_FLAGS: dict[str, Callable[[Status], NDArray[np.uint32]]] = {
-    BASE_ALLOCATION: lambda status: _BASE_FLAGS[status.kind],
-    ALLOCATION_DEPTH: lambda status: status.depth.astype(np.uint32),
-}
+Ranges = tuple[Offsets, Flags, int]
+#: (device, offset, length) → what a context says of the range, in ascending chunks that cover it.
+Context = Callable[[BlockDevice, int, int], Iterator[Ranges]]
 
 
 class DirtyBitmap(Protocol):
@@ -33,39 +35,47 @@ class DirtyBitmap(Protocol):
         ...
 
 
-def encode_context(
-    context: str,
-    device: BlockDevice,
-    offset: int,
-    length: int,
-    *,
-    bitmaps: Mapping[str, DirtyBitmap],
-    limit: int,
-    number: str,
-) -> bytes:
-    """What the export of ``device`` says of a range in a metadata context that it offers.
+def context_of_status(flags_of: Callable[[Status], Flags]) -> Context:
+    """A context that follows from block status."""
 
-    Big-endian (length, flags) pairs for the wire, at most ``limit``, neighbours with equal flags merged. The range is
-    less than 4 GiB, and looked at only as far as the limit needs. ``bitmaps`` are those of the export, by name (P48).
+    def ranges(device: BlockDevice, offset: int, length: int) -> Iterator[Ranges]:
+        for status in device.status(offset, length):
+            yield status.start, flags_of(status), status.end
+
+    return ranges
+
+
+#: Those that everybody knows.
+STANDARD: Mapping[str, Context] = {
+    BASE_ALLOCATION: context_of_status(lambda status: _BASE_FLAGS[status.kind]),
+    ALLOCATION_DEPTH: context_of_status(lambda status: status.depth.astype(np.uint32)),
+}
+
+
+def context_of_bitmap(name: str, bitmaps: Mapping[str, DirtyBitmap]) -> Context:
+    """``qemu:dirty-bitmap:…``; ``bitmaps`` are those of the export, by their own names (P48)."""
+
+    def ranges(device: BlockDevice, offset: int, length: int) -> Iterator[Ranges]:
+        for start, dirty, end in bitmaps[name.removeprefix(DIRTY_BITMAP)].ranges(offset, length):
+            yield start, dirty.astype(np.uint32), end
+
+    return ranges
+
+
+def encode(context: Context, device: BlockDevice, offset: int, length: int, *, limit: int, number: str) -> bytes:
+    """What ``context`` says of a range of ``device``: pairs of length and flags for the wire, each a ``number``.
+
+    Neighbours with equal flags are merged. There are at most ``limit`` pairs, and the range is looked at only as far as
+    that needs; or as a quarter of a second allows, if it is a long one.
 
     Raises:
         OSError: there is no status even for the beginning.
     """
-    if context.startswith(DIRTY_BITMAP):
-        ranges = bitmaps[context[len(DIRTY_BITMAP) :]].ranges(offset, length)
-        return _encode(
-            ((start, dirty.astype(np.uint32), end) for start, dirty, end in ranges), limit=limit, number=number
-        )
-    flags_of = _FLAGS[context]
-    statuses = _as_far_as_possible(device.status(offset, length))
-    return _encode(((status.start, flags_of(status), status.end) for status in statuses), limit=limit, number=number)
-
-
-def _encode(chunks: Iterable[Ranges], *, limit: int, number: str) -> bytes:
     starts: list[Offsets] = []
-    flags: list[NDArray[np.uint32]] = []
+    flags: list[Flags] = []
     count, end = 0, 0
-    for start, values, stop in chunks:
+    deadline = monotonic() + _SECONDS
+    for start, values, stop in _as_far_as_possible(context(device, offset, length)):
         end = stop
         changes = np.flatnonzero(values[1:] != values[:-1]) + 1
         first_is_new = not flags or flags[-1][-1] != values[0]
@@ -74,7 +84,7 @@ def _encode(chunks: Iterable[Ranges], *, limit: int, number: str) -> bytes:
             starts.append(start[kept])
             flags.append(values[kept])
             count += len(kept)
-        if count > limit:  # the entry behind the last one says where the last one ends
+        if count > limit or monotonic() > deadline:  # the entry behind the last one says where the last one ends
             break
     bounds = np.concatenate((*starts, np.array([end], dtype=np.uint64)))
     count = min(count, limit)
@@ -84,13 +94,13 @@ def _encode(chunks: Iterable[Ranges], *, limit: int, number: str) -> bytes:
     return pairs.tobytes()
 
 
-def _as_far_as_possible(statuses: Iterable[Status]) -> Iterator[Status]:
+def _as_far_as_possible(chunks: Iterable[Ranges]) -> Iterator[Ranges]:
     """Stop before an error; it comes back to the client when that asks again from there (P117)."""
     found = False
     try:
-        for status in statuses:
+        for chunk in chunks:
             found = True
-            yield status
+            yield chunk
     except OSError:
         if not found:
             raise

@@ -1,7 +1,7 @@
 """Exports: named disks, as clients see them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -11,11 +11,12 @@ from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, 
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.exports import ExportInfo
 from nbdq.server.access import Access
-from nbdq.server.contexts import DirtyBitmap
+from nbdq.server.contexts import STANDARD, Context, DirtyBitmap, context_of_bitmap
 from nbdq.server.counters import Account
 from nbdq.server.gate import Gate
 from nbdq.server.limits import CUT_SECONDS, REFUSE_SECONDS
 from nbdq.server.pause import Pause
+from nbdq.server.private_contexts import PRIVATE, SINCE, ShownLayer, context_since, with_private_contexts
 from nbdq.server.rate import Rates, Throttle
 from nbdq.server.writing import DetectZeroes, Writing
 
@@ -79,6 +80,8 @@ class Export:
     clients: set[Client] = field(default_factory=set)
     access: Access = field(default_factory=Access)
     """What new clients have to be or to prove; those that are there stay."""
+    layers: Sequence[ShownLayer] = ()
+    """What the disk consists of, top first."""
     throttle: Throttle | None = None
     """None without any limit; :meth:`limit` changes it."""
     is_derived: bool = False
@@ -102,6 +105,7 @@ class Export:
         description: str = "",
         allocation_depth: bool = False,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
+        layers: Sequence[ShownLayer] = (),
         maximum_connections: int = 0,
         access: Access | None = None,
         rates: Rates | None = None,
@@ -110,7 +114,8 @@ class Export:
     ) -> "Export":
         """An export of ``device``, which has to be a :class:`~nbdq.block.WritableBlockDevice` if it is ``writable``.
 
-        ``allocation_depth`` and ``bitmaps`` are offered as metadata contexts. Without ``discard`` clients cannot make
+        ``allocation_depth`` and ``bitmaps`` are offered as metadata contexts, and so are, if the device has ``layers``,
+        those of nbdq's own. Without ``discard`` clients cannot make
         it give up space. Nothing is flushed when clients leave; that is their duty (R-72), and the creator's before
         the device is closed.
 
@@ -119,13 +124,15 @@ class Export:
         """
         bitmaps = {} if bitmaps is None else bitmaps
         flags = _WRITABLE_FLAGS if writable else _READ_ONLY_FLAGS
-        contexts = _contexts(bitmaps, allocation_depth=allocation_depth)
+        depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
+        contexts = (BASE_ALLOCATION, *depth, *(DIRTY_BITMAP + bitmap for bitmap in bitmaps))
         info = ExportInfo(name, device.size, flags, description=description, contexts=contexts)
         writing = None
         if writable:
             writing = Writing(cast(WritableBlockDevice, device), discard=discard, detect_zeroes=detect_zeroes)
         export = cls(info, device, maximum_connections, writing, bitmaps, id, gate or Gate(), access=access or Access())
         export.limit(rates or Rates())
+        export.adopt(device, layers)
         return export
 
     @classmethod
@@ -178,14 +185,27 @@ class Export:
         for client in list(self.clients):
             client.abort()
 
-    def adopt(self, device: BlockDevice) -> None:
-        """Show ``device`` from now on, at its size, to all clients; the gate is closed, or the device the same."""
+    def adopt(self, device: BlockDevice, layers: Sequence[ShownLayer] = ()) -> None:
+        """Show ``device`` from now on, at its size, to all clients; the gate is closed, or the device the same.
+
+        New clients are offered what there is to know of its ``layers``; those that are there keep the contexts that
+        they have, and the layers that these mean.
+        """
         self.device = device
         if self.writing is not None:
             self.writing.adopt(cast(WritableBlockDevice, device))
-        self.info = replace(self.info, size=device.size)
+        self.layers = layers
+        self.info = with_private_contexts(replace(self.info, size=device.size), layers)
         for client in self.clients:
             client.resize(device.size)
+
+    def context(self, name: str) -> Context:
+        """One of the contexts on offer, for a client that has selected it now."""
+        if name.startswith(DIRTY_BITMAP):
+            return context_of_bitmap(name, self.bitmaps)
+        if name.startswith(SINCE):
+            return context_since(name, lambda: self.layers)
+        return STANDARD[name] if name in STANDARD else PRIVATE[name]
 
     @property
     def admits_writers(self) -> bool:
@@ -222,11 +242,6 @@ class Export:
             ExportError: it is not fit for the protocol (P2).
         """
         self.info = replace(self.info, description=description)
-
-
-def _contexts(bitmaps: Iterable[str], *, allocation_depth: bool) -> tuple[str, ...]:
-    depth = (ALLOCATION_DEPTH,) if allocation_depth else ()
-    return (BASE_ALLOCATION, *depth, *(DIRTY_BITMAP + name for name in bitmaps))
 
 
 class Exports:

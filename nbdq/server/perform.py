@@ -7,7 +7,7 @@ from nbdq.block import Piece
 from nbdq.nbd.constants import Command, CommandFlag, Errno
 from nbdq.nbd.replies import StructuredReplies, replies_for, wire_errno
 from nbdq.nbd.transmission import RawRequest, Transmission
-from nbdq.server.contexts import encode_context
+from nbdq.server.contexts import encode
 from nbdq.server.counters import Counters
 from nbdq.server.export import Export
 from nbdq.server.limits import SENDFILE_LENGTH, STATUS_EXTENTS
@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 COMMAND_MASK = 0xFFFF
 #: So much of a CACHE is taken as a hint; more would only push out what was cached first.
 _PREFETCH_MAX = 4 << 30
+#: Longer ranges may be too much to look at on the loop thread.
+_INLINE_STATUS = 4 << 30
 #: Commands that change the disk.
 CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)))
 
@@ -32,6 +34,7 @@ class Performer:
         self.counters = counters
         """What the client has done."""
         self._log = log.of(_log)
+        self._contexts = [(number, export.context(name)) for number, name in transmission.negotiated.contexts]
         self.replies = replies_for(transmission.negotiated)
         """How they are answered."""
 
@@ -49,7 +52,7 @@ class Performer:
         if command == Command.BLOCK_STATUS:
             extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
             pair = 16 if self._transmission.negotiated.extended else 8
-            return extents * pair * len(self._transmission.negotiated.contexts) + 512
+            return extents * pair * len(self._contexts) + 512
         return 512
 
     def answer(self, request: RawRequest) -> bytes | None:
@@ -68,7 +71,9 @@ class Performer:
             reply = None if export.writing is not None else self.replies.success(cookie, offset)
         elif not length:
             reply = self.replies.success(cookie, offset)
-        elif command == Command.BLOCK_STATUS and export.device.status_cached(offset, length):
+        elif (
+            command == Command.BLOCK_STATUS and length <= _INLINE_STATUS and export.device.status_cached(offset, length)
+        ):
             reply = self.status_or_error(request)
         if reply is not None:
             self.counters.done(command, 1, length, monotonic() - begun)
@@ -160,23 +165,17 @@ class Performer:
 
     def status_or_error(self, request: RawRequest) -> bytes:
         """The reply to a valid BLOCK_STATUS, one chunk for each selected context (P117)."""
-        _, operation, cookie, offset, length = request
+        selected, operation, cookie, offset, length = request
         limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else STATUS_EXTENTS
-        contexts = self._transmission.negotiated.contexts
-        replies = self.replies
+        contexts = self._contexts
+        if operation >> 16 & CommandFlag.PAYLOAD_LEN:  # P120
+            contexts = [context for context in contexts if selected >> context[0] & 1]
+        replies, device = self.replies, self._export.device
         assert isinstance(replies, StructuredReplies)
         reply = bytearray()
         try:
-            for number, name in contexts:
-                extents = encode_context(
-                    name,
-                    self._export.device,
-                    offset,
-                    length,
-                    bitmaps=self._export.bitmaps,
-                    limit=limit,
-                    number=replies.status_number,
-                )
+            for number, context in contexts:
+                extents = encode(context, device, offset, length, limit=limit, number=replies.status_number)
                 done = number == contexts[-1][0]
                 reply += replies.status(cookie, offset, extents, context_id=number, done=done)
         except Exception as error:

@@ -23,6 +23,7 @@ from nbdq.server.counters import Counters
 from nbdq.server.derived import Derivation, LazyView, derived_wishes
 from nbdq.server.export import Export, Exports
 from nbdq.server.gate import Gate
+from nbdq.server.private_contexts import ShownLayer
 from nbdq.server.threads import in_thread
 from nbdq.server.wish import Wish
 
@@ -94,7 +95,7 @@ class Volume:
         """Let an export show what the chain is now."""
         export = shown.export
         device = self._open(shown.view, lazy_size=export.info.size if export.is_derived else None)
-        export.adopt(device)
+        export.adopt(device, self._layers(shown.view))
         for name in shown.bitmaps:
             # A bitmap that did not come along shows what had changed until then.
             shown.bitmaps[name] = live_bitmap(device, name) or shown.bitmaps[name]
@@ -223,6 +224,7 @@ class Volume:
             description=wish.description,
             writable=wish.writable,
             bitmaps=bitmaps,
+            layers=self._layers(view),
             allocation_depth=wish.allocation_depth,
             maximum_connections=wish.maximum_connections,
             access=wish.access,
@@ -240,6 +242,15 @@ class Volume:
             self.chain.index_of(view.layer)  # raises NotFound
             return LazyView(self.chain, view, lazy_size)
         return self.chain.device if view == _ACTIVE else open_view(self.chain, view)
+
+    def _layers(self, view: View) -> list[ShownLayer]:
+        """What ``view`` consists of, top first."""
+        first = self.chain.index_of(view.layer) if view.layer is not None else 0
+        return [
+            ShownLayer(layer.storage, self.chain.node_name(index), layer.path.rpartition("/")[2])
+            for index, layer in enumerate(self.chain.layers)
+            if index >= first
+        ]
 
     def delete(self, export: Export, *, hard: bool = False) -> None:
         """Let no new client in; the export is gone when the last one has left. ``hard``: have them leave, as soon as

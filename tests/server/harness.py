@@ -103,6 +103,7 @@ class MemoryDisk:
             np.array([Kind.DATA], dtype=np.uint8),
             np.ones(1, dtype=np.uint16),
             offset + length,
+            np.array([offset], dtype=np.uint64),
         )
 
     def prefetch(self, offset: int, length: int) -> None:
@@ -196,7 +197,7 @@ class FragmentedDisk(MemoryDisk):
         starts = np.arange(offset // 512 * 512, offset + length, 512, dtype=np.uint64)
         kind = np.where(starts // np.uint64(512) % np.uint64(2), np.uint8(Kind.DATA), np.uint8(Kind.ZERO))
         starts[0] = offset
-        yield Status(starts, kind, np.ones(len(starts), dtype=np.uint16), offset + length)
+        yield Status(starts, kind, np.ones(len(starts), dtype=np.uint16), offset + length, starts)
 
 
 class FileDisk(MemoryDisk):

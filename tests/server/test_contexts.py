@@ -9,7 +9,7 @@ import pytest
 
 from nbdq.block import Kind, Status
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
-from nbdq.server.contexts import DirtyBitmap, encode_context
+from nbdq.server.contexts import STANDARD, DirtyBitmap, context_of_bitmap, encode
 from tests.server.harness import MemoryDisk
 
 K = 1024
@@ -30,7 +30,8 @@ class PieceDisk(MemoryDisk):
             kinds, depths, lengths = zip(*chunk, strict=True)
             starts = [position + sum(lengths[:number]) for number in range(len(lengths))]
             position += sum(lengths)
-            yield Status(np.array(starts, np.uint64), np.array(kinds, np.uint8), np.array(depths, np.uint16), position)
+            start = np.array(starts, np.uint64)
+            yield Status(start, np.array(kinds, np.uint8), np.array(depths, np.uint16), position, start)
         if position < offset + length:
             raise OSError(5, "corrupt table")
 
@@ -51,11 +52,13 @@ class Bitmap:
 
 
 def extents(
-    context: str, disk: PieceDisk, length: int, *, limit: int = 100, bitmaps: dict[str, DirtyBitmap] | None = None
+    name: str, disk: PieceDisk, length: int, *, limit: int = 100, bitmaps: dict[str, DirtyBitmap] | None = None
 ) -> list[tuple[int, int]]:
     """(length, flags) pairs as the client decodes them; neighbours must differ."""
-    data = encode_context(context, disk, 4 * K, length, bitmaps=bitmaps or {}, limit=limit, number=">u4")
-    pairs = list(struct.iter_unpack(">II", data))
+    context = context_of_bitmap(name, bitmaps) if bitmaps else STANDARD[name]
+    pairs = list(struct.iter_unpack(">II", encode(context, disk, 4 * K, length, limit=limit, number=">u4")))
+    wide = encode(context, disk, 4 * K, length, limit=limit, number=">u8")
+    assert list(struct.iter_unpack(">QQ", wide)) == pairs
     assert all(a[1] != b[1] for a, b in pairwise(pairs))
     return pairs
 
@@ -88,7 +91,7 @@ def test_no_more_extents_than_asked_for_and_the_last_one_is_whole(limit: int) ->
 def test_a_disk_is_not_walked_further_than_the_client_wants_to_know() -> None:
     disk = PieceDisk(*[[(Kind.DATA, 1, K), (Kind.ZERO, 1, K)]] * 8)
     assert extents(BASE_ALLOCATION, disk, 16 * K, limit=2) == [(K, 0), (K, 3)]
-    assert disk.asked == 2
+    assert disk.asked == 2 * 2
 
 
 def test_what_is_known_before_damage_is_told_and_the_damage_itself_is_an_error() -> None:

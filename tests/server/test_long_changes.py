@@ -77,7 +77,7 @@ class HugeDisk(WritableDisk):
     def status(self, offset: int, length: int) -> Iterator[Status]:
         middle = offset + length // 2
         starts = np.array([offset, middle], dtype=np.uint64)
-        yield Status(starts, np.array([Kind.DATA, Kind.ZERO], np.uint8), np.ones(2, np.uint16), offset + length)
+        yield Status(starts, np.array([Kind.DATA, Kind.ZERO], np.uint8), np.ones(2, np.uint16), offset + length, starts)
 
 
 @pytest.fixture
