@@ -12,6 +12,7 @@ from dataclasses import fields
 
 from nbdq.cli.config_file import report, where
 from nbdq.cli.disks import Disks, Wanted
+from nbdq.cli.limits import fit
 from nbdq.cli.logs import configure_logging
 from nbdq.cli.settings import DirectorySettings, ExportSettings, Offer, Settings
 from nbdq.errors import ExportError, NbdqError, in_words, printable
@@ -127,7 +128,7 @@ class Reloader:
             if self._tls is not None:
                 self._tls.reload(settings.tls)
             if before.limits != settings.limits:
-                self._server.limit(settings.limits)
+                self._server.limit(fit(settings.limits))
             if before.log != settings.log:
                 configure_logging(verbosity=settings.log.verbosity, log_format=settings.log.format)
             _log.info("reloaded")

@@ -13,6 +13,7 @@ from nbdq.cli.caller import Caller
 from nbdq.cli.captive import run_command, variables
 from nbdq.cli.disks import Disks
 from nbdq.cli.lifecycle import StartSettings, process_id_in
+from nbdq.cli.limits import check_descriptors, fit, raise_descriptors
 from nbdq.cli.listeners import one_of_role, open_listeners
 from nbdq.cli.logs import configure_logging
 from nbdq.cli.metrics import Monitoring, listen_for_monitoring
@@ -49,6 +50,7 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
     configure_logging(verbosity=settings.log.verbosity, log_format=settings.log.format)
     caller = Caller(start)
     share_one_heap()
+    raise_descriptors()
     exports = Exports()
     clusters = ClusterCache(budget=settings.limits.inflated_bytes)
     with (
@@ -99,7 +101,7 @@ async def _serve(
     signals: StopSignals,
 ) -> int:
     stop = asyncio.Event()
-    server = Server(exports, listeners, settings.limits, tls=tls)
+    server = Server(exports, listeners, fit(settings.limits), tls=tls)
     monitoring = Monitoring(monitors, server, disks, clusters, lambda: [job.info() for job in administrators.jobs])
 
     def on_signal(count: int) -> None:
@@ -114,6 +116,7 @@ async def _serve(
     try:
         await administrators.start(disks, exports, stop.set, reloader.reload)
         try:
+            check_descriptors(settings.limits)
             server.start()
             monitoring.is_ready = True
             with process_id_in(settings.server.pid_file):
