@@ -1,20 +1,26 @@
 """``nbdq serve``: the options, and what settings they make."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import click
 
 from nbdq.cli.administration import admin_settings, administration_options
+from nbdq.cli.config_file import ConfigError, load_settings
+from nbdq.cli.configuration import configuration_options, directories, refuse_besides_config
 from nbdq.cli.lifecycle import lifecycle_options, server_settings, start_settings
+from nbdq.cli.limits import limit_options, limits
 from nbdq.cli.metrics import metrics_options, metrics_settings
 from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
 from nbdq.cli.running import run
 from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
 from nbdq.cli.tls import tls_options, tls_settings
 from nbdq.cli.volumes import export_names, one_each
+from nbdq.errors import printable
 from nbdq.nbd.constants import DEFAULT_PORT
 from nbdq.server.writing import DetectZeroes
 
@@ -77,6 +83,8 @@ _Result = TypeVar("_Result")
     help="Offer this dirty bitmap of IMAGE, or of the first layer below that has one of the name, as the metadata "
     "context qemu:dirty-bitmap:NAME; may be repeated.",
 )
+@click.option("--snapshots", is_flag=True, help="Offer internal snapshots, too, read-only, as NAME@SNAPSHOT.")
+@click.option("--layers", is_flag=True, help="Offer the layers below, too, read-only, as NAME#1, NAME#2, …")
 @click.option("-A", "--allocation-depth", is_flag=True, help="Offer the qemu:allocation-depth metadata context.")
 @click.option(
     "-e",
@@ -84,11 +92,12 @@ _Result = TypeVar("_Result")
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Clients that an export takes at once; 0 for no limit.",
+    help="Clients that an export takes at once; 0: as many as --limit export-connections allows.",
 )
 @click.option("-t", "--persistent", is_flag=True, help="Accepted for qemu-nbd's sake: nbdq always serves on.")
 @administration_options
 @tls_options
+@limit_options
 @metrics_options
 @lifecycle_options
 @click.option(
@@ -99,27 +108,78 @@ _Result = TypeVar("_Result")
     help="Lines for people, or an object a line.",
 )
 @click.option("-v", "--verbose", count=True, help="Log clients; twice: everything.")
-@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path())
-def serve_command(images: tuple[str, ...], persistent: bool, **options: Any) -> None:
+@configuration_options
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path())
+@click.pass_context
+def serve_command(
+    context: click.Context,
+    /,
+    images: tuple[str, ...],
+    persistent: bool,
+    config: str | None,
+    check_config: bool,
+    **options: Any,
+) -> None:
     """Serve each IMAGE, with its whole chain, as an NBD export.
 
     Clients can write to IMAGE, never to what is below it. Prints the URI of each export when clients can connect.
-    SIGTERM or SIGINT ends it cleanly; everything written is durable then.
+    SIGHUP has certificates, directories and the file of --config read again. SIGTERM or SIGINT ends it cleanly;
+    everything written is durable then.
     """
-    sys.exit(
-        run(
-            Settings(
-                listen=_from(listeners, options),
-                export=_from(exports, {**options, "images": images}),
-                admin=_from(admin_settings, options),
-                tls=_from(tls_settings, options),
-                metrics=_from(metrics_settings, options),
-                log=_from(log_settings, options),
-                server=_from(server_settings, options),
-            ),
-            _from(start_settings, options),
-        )
+    load = None
+    if config is not None:
+        refuse_besides_config(context)
+        load = partial(load_settings, os.path.abspath(config))
+        settings = _loaded(load)
+    else:
+        settings = _settings(images, options)
+    if check_config:
+        sys.exit(_check(settings, of_file=config is not None))
+    sys.exit(run(settings, _from(start_settings, options), load=load))
+
+
+def _loaded(load: Callable[[], Settings]) -> Settings:
+    """The settings of the file; all that is wrong with it is told, one line each."""
+    try:
+        return load()
+    except ConfigError as error:
+        for line in error.lines:
+            click.echo(f"nbdq: {line}", err=True)
+        sys.exit(1)
+
+
+def _settings(images: tuple[str, ...], options: dict[str, Any]) -> Settings:
+    found = _from(directories, options)
+    if not images and not found:
+        raise click.UsageError("nothing is to be served; name an IMAGE, or --export-dir DIR, or --config FILE")
+    return Settings(
+        listen=_from(listeners, options),
+        export=_from(exports, {**options, "images": images, "alone": len(images) == 1 and not found}),
+        export_directory=found,
+        admin=_from(admin_settings, options),
+        tls=_from(tls_settings, options),
+        limits=_from(limits, options),
+        metrics=_from(metrics_settings, options),
+        log=_from(log_settings, options),
+        server=_from(server_settings, options),
     )
+
+
+def _check(settings: Settings, *, of_file: bool) -> int:
+    """Tell what is wrong, or what would be served; the exit status."""
+    from nbdq.cli.config_check import problems_of
+
+    found = list(problems_of(settings, of_file=of_file))
+    for problem, _ in found:
+        click.echo(f"nbdq: {problem}", err=True)
+    if any(is_fatal for _, is_fatal in found):
+        return 1
+    for export in settings.export:
+        mode = "writable" if export.writable else "read-only"
+        click.echo(f"export {printable(export.export_name)!r}: {printable(export.image, 1024)} ({mode})")
+    for directory in settings.export_directory:
+        click.echo(f"exports of {printable(directory.path, 1024)}")
+    return 0
 
 
 def _from(settings: Callable[..., _Result], options: dict[str, Any]) -> _Result:
@@ -137,6 +197,7 @@ def listeners(socket: str | None, bind: str | None, port: int | None, socket_mod
 
 def exports(
     images: tuple[str, ...],
+    alone: bool,
     names: tuple[str, ...],
     descriptions: tuple[str, ...],
     backing: tuple[tuple[str, str] | None, ...],
@@ -152,8 +213,10 @@ def exports(
     discard: Literal["unmap", "ignore"],
     detect_zeroes: Literal["off", "on", "unmap"],
     write_threshold: int | None,
+    snapshots: bool,
+    layers: bool,
 ) -> tuple[ExportSettings, ...]:
-    """One for each image; the other options hold for all of them.
+    """One for each image; the other options hold for all of them. An image that is served ``alone`` has no name.
 
     Raises:
         click.UsageError: options do not fit each other, or the number of images.
@@ -162,7 +225,7 @@ def exports(
         raise click.UsageError("--backing, --load-snapshot and --bitmap are for a single IMAGE")
     if detect_zeroes == "unmap" and discard == "ignore":
         raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
-    layers = explicit_chain(backing)
+    chain = explicit_chain(backing)
     texts = one_each("--description", descriptions, images, default=[""] * len(images))
     return tuple(
         ExportSettings(
@@ -170,7 +233,7 @@ def exports(
             name=name,
             description=text,
             format=format,
-            backing=None if layers is None else tuple(layers),
+            backing=None if chain is None else tuple(chain),
             allow_backing=allow_backing,
             allow_data_file=allow_data_file,
             force_share=force_share,
@@ -182,8 +245,10 @@ def exports(
             discard=discard,
             detect_zeroes=detect_zeroes,
             write_threshold=write_threshold,
+            snapshots=snapshots,
+            layers=layers,
         )
-        for image, name, text in zip(images, export_names(names, images), texts, strict=True)
+        for image, name, text in zip(images, export_names(names, images, alone=alone), texts, strict=True)
     )
 
 

@@ -21,13 +21,13 @@ _log = logging.getLogger(__name__)
 TopOf = Callable[..., tuple[str, str, Policy]]
 
 
-def export_names(names: Sequence[str], images: Sequence[str]) -> list[str]:
-    """The name of the export of each image: as given, or empty for a single one, or what the files are called.
+def export_names(names: Sequence[str], images: Sequence[str], *, alone: bool) -> list[str]:
+    """The name of the export of each image: as given, or empty for one that is ``alone``, or what the files are called.
 
     Raises:
         click.UsageError: some, but not all are given.
     """
-    default = [""] if len(images) == 1 else [PurePath(image).stem for image in images]
+    default = [""] if alone else [PurePath(image).stem for image in images]
     return one_each("--export-name", names, images, default=default)
 
 

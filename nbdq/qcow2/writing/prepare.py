@@ -13,6 +13,18 @@ _AUTOCLEAR_OFFSET = 88
 _KNOWN_AUTOCLEAR = int(Autoclear.BITMAPS | Autoclear.DATA_FILE_RAW)
 
 
+def check_sound(path: str, header: Header) -> None:
+    """Refuse an image that nobody should write to.
+
+    Raises:
+        CorruptImage: it is marked as corrupt (V10), or its tables overlap (HARD list).
+    """
+    if header.is_corrupt:
+        raise CorruptImage(path, "is marked as corrupt", "repair it with nbdq check -r all, or use --read-only")
+    if header.overlaps:
+        raise CorruptImage(path, header.overlaps[0], "use --read-only, and copy what can be read")
+
+
 def prepare_for_writing(storage: FileStorage, header: Header) -> Header:
     """Make the image fit for :class:`~nbdq.qcow2.writing.writable.WritableImage`; the header that it has then.
 
@@ -24,10 +36,7 @@ def prepare_for_writing(storage: FileStorage, header: Header) -> Header:
         ImageError: a dirty image cannot be repaired.
         OSError: the file cannot be read or written.
     """
-    if header.is_corrupt:
-        raise CorruptImage(storage.path, "is marked as corrupt", "repair it with nbdq check -r all, or use --read-only")
-    if header.overlaps:
-        raise CorruptImage(storage.path, header.overlaps[0], "use --read-only, and copy what can be read")
+    check_sound(storage.path, header)
     if header.is_dirty:
         header = repair_dirty(storage, header)
     known = Autoclear(int(header.autoclear) & _KNOWN_AUTOCLEAR)

@@ -1,0 +1,106 @@
+"""The options of ``nbdq serve`` that name what is served in other ways than image by image: a file, or directories."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from nbdq.cli.settings import DirectorySettings
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+#: Options that may be given besides ``--config``: they are about this start, and the file has no words for them.
+_BESIDES_CONFIG = {"config", "check_config", "persistent", "fork", "ready_fd", "run", "print_uri"}
+
+
+def configuration_options(function: _Function) -> _Function:
+    """``config`` and ``check_config``, and the options that :func:`directories` takes."""
+    for option in reversed(
+        (
+            click.option(
+                "--config",
+                type=click.Path(dir_okay=False),
+                help="Take everything from this TOML file, which is read again on SIGHUP.",
+            ),
+            click.option(
+                "--check-config", is_flag=True, help="Find out whether the server could start, and do not start it."
+            ),
+            click.option(
+                "--export-dir",
+                "export_dirs",
+                type=click.Path(),
+                multiple=True,
+                help="Serve each image in this directory under the name of its file, read-only; may be repeated.",
+            ),
+            click.option(
+                "--export-dir-raw",
+                "raw_suffixes",
+                multiple=True,
+                metavar="SUFFIX",
+                help="Files there whose names end like this, such as .img, are raw images; may be repeated.",
+            ),
+            click.option(
+                "--export-dir-writable",
+                "dirs_writable",
+                is_flag=True,
+                help="Let clients write to images there that no other image there lies over.",
+            ),
+            click.option(
+                "--rescan",
+                type=click.FloatRange(min=0),
+                default=10.0,
+                show_default=True,
+                metavar="SECONDS",
+                help="How often to look at these directories; 0: only on SIGHUP.",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def directories(
+    export_dirs: tuple[str, ...],
+    raw_suffixes: tuple[str, ...],
+    dirs_writable: bool,
+    rescan: float,
+    read_only: bool,
+    allow_backing: tuple[str, ...],
+    allow_data_file: bool,
+    force_share: bool,
+    allocation_depth: bool,
+    snapshots: bool,
+    layers: bool,
+    shared: int,
+) -> tuple[DirectorySettings, ...]:
+    """What is to be served of directories; the options for images hold for them, too."""
+    return tuple(
+        DirectorySettings(
+            path=path,
+            raw=raw_suffixes,
+            read_only=read_only or not dirs_writable,
+            rescan_seconds=rescan,
+            allow_backing=allow_backing,
+            allow_data_file=allow_data_file,
+            force_share=force_share,
+            allocation_depth=allocation_depth,
+            snapshots=snapshots,
+            layers=layers,
+            max_connections=shared,
+        )
+        for path in export_dirs
+    )
+
+
+def refuse_besides_config(context: click.Context) -> None:
+    """Make sure that what the file says is not said in other ways, too.
+
+    Raises:
+        click.UsageError: it is.
+    """
+    for parameter in context.command.params:
+        assert parameter.name is not None
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name not in _BESIDES_CONFIG and source is not click.core.ParameterSource.DEFAULT:
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else "IMAGE"
+            raise click.UsageError(f"{name} cannot be given besides --config; write it in the file")
