@@ -5,7 +5,7 @@ import time
 import click
 
 from nbdq.client.connection import connect
-from nbdq.errors import ExportError, NbdqError, in_words
+from nbdq.errors import ExportError, NbdqError, in_words, printable
 from nbdq.nbd.uri import Uri, parse_uri
 
 #: Between two attempts.
@@ -35,7 +35,7 @@ def wait_command(uri: str, timeout: float) -> None:
     while (reason := _reason_against(place, deadline - time.monotonic())) is not None:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise ExportError(f"{place} cannot be used within {timeout:g} s: {reason}")
+            raise ExportError(f"{printable(uri)}: cannot be used, after {timeout:g} s: {reason}")
         time.sleep(min(left, _PAUSE_SECONDS))
 
 
