@@ -154,7 +154,12 @@ def test_metadata_contexts_are_found_by_wildcard_and_by_name(disk: Disk) -> None
             h.opt_list_meta_context(found.append)
             return found
 
-        assert listed() == ["base:allocation", "qemu:allocation-depth"]
+        private = ["layer", "compressed", "host-sector", "since:1"]  # host-offset needs extended headers
+        private = ["x-nbdq:" + name for name in private]
+        assert listed() == ["base:allocation", "qemu:allocation-depth", *private], listed()
+        assert listed("x-nbdq:") == private
+        assert listed("x-nbdq:since:") == ["x-nbdq:since:1"]
+        assert listed("x-nbdq:host-offset") == []
         assert listed("base:") == ["base:allocation"]
         assert listed("qemu:") == ["qemu:allocation-depth"]
         assert listed("base:nothing", "x-unknown:thing") == []
