@@ -1,6 +1,7 @@
 """Metadata contexts: from block status and dirty bitmaps to the extents of the wire (P117-P119, P6, P7, P48)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -9,10 +10,6 @@ from numpy.typing import NDArray
 
 from nbdq.block import BlockDevice, Kind, Offsets, Status
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP, AllocationState
-
-#: After so many seconds a status ends where it has come to, and the client asks again from there (P117): a range may be
-#: a whole disk (P124), of which a table has to be read for every half a gigabyte.
-_SECONDS = 0.25
 
 _HOLE_AND_ZERO = AllocationState.HOLE | AllocationState.ZERO
 _BASE_FLAGS = np.zeros(max(Kind) + 1, dtype=np.uint32)
@@ -62,11 +59,14 @@ def context_of_bitmap(name: str, bitmaps: Mapping[str, DirtyBitmap]) -> Context:
     return ranges
 
 
-def encode(context: Context, device: BlockDevice, offset: int, length: int, *, limit: int, number: str) -> bytes:
+def encode(
+    context: Context, device: BlockDevice, offset: int, length: int, *, limit: int, number: str, until: float = inf
+) -> bytes:
     """What ``context`` says of a range of ``device``: pairs of length and flags for the wire, each a ``number``.
 
     Neighbours with equal flags are merged. There are at most ``limit`` pairs, and the range is looked at only as far as
-    that needs; or as a quarter of a second allows, if it is a long one.
+    that needs. At the moment ``until`` of ``time.monotonic`` it ends where it has come to, and the client asks again
+    from there (P117): a range may be a whole disk (P124), of which a table is read for every half a gigabyte.
 
     Raises:
         OSError: there is no status even for the beginning.
@@ -74,7 +74,6 @@ def encode(context: Context, device: BlockDevice, offset: int, length: int, *, l
     starts: list[Offsets] = []
     flags: list[Flags] = []
     count, end = 0, 0
-    deadline = monotonic() + _SECONDS
     for start, values, stop in _as_far_as_possible(context(device, offset, length)):
         end = stop
         changes = np.flatnonzero(values[1:] != values[:-1]) + 1
@@ -84,7 +83,7 @@ def encode(context: Context, device: BlockDevice, offset: int, length: int, *, l
             starts.append(start[kept])
             flags.append(values[kept])
             count += len(kept)
-        if count > limit or monotonic() > deadline:  # the entry behind the last one says where the last one ends
+        if count > limit or monotonic() > until:  # the entry behind the last one says where the last one ends
             break
     bounds = np.concatenate((*starts, np.array([end], dtype=np.uint64)))
     count = min(count, limit)

@@ -20,8 +20,6 @@ GUARANTEED_BYTES = 256 << 10
 CUT_SECONDS = 10.0
 #: … and how long they may stay to hear that there is nothing more to be had.
 REFUSE_SECONDS = 1.0
-#: Extents in one block status reply (P117 allows 2^20; clients cap lower).
-STATUS_EXTENTS = 64 << 10
 #: In seconds; the kernel takes no more.
 _MOST_KEEPALIVE = 32767
 

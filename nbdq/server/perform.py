@@ -1,6 +1,7 @@
 """Carrying out one request: from a request to its whole reply. Any thread, unless a method says otherwise."""
 
 import logging
+from math import inf
 from time import monotonic
 
 from nbdq.block import Piece
@@ -10,7 +11,7 @@ from nbdq.nbd.transmission import RawRequest, Transmission
 from nbdq.server.contexts import encode
 from nbdq.server.counters import Counters
 from nbdq.server.export import Export
-from nbdq.server.limits import SENDFILE_LENGTH, STATUS_EXTENTS
+from nbdq.server.limits import SENDFILE_LENGTH, Limits
 from nbdq.server.peer_log import PeerLog
 from nbdq.server.salvage import Salvage
 
@@ -28,12 +29,15 @@ CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 class Performer:
     """What one client asks of one export, in the form of replies that were negotiated."""
 
-    def __init__(self, export: Export, transmission: Transmission, counters: Counters, log: PeerLog) -> None:
+    def __init__(
+        self, export: Export, transmission: Transmission, counters: Counters, log: PeerLog, limits: Limits
+    ) -> None:
         self._export = export  # whose device is looked up each time, for it may be exchanged
         self._transmission = transmission
         self.counters = counters
         """What the client has done."""
         self._log = log.of(_log)
+        self._limits = limits
         self._contexts = [(number, export.context(name)) for number, name in transmission.negotiated.contexts]
         self.replies = replies_for(transmission.negotiated)
         """How they are answered."""
@@ -50,7 +54,9 @@ class Performer:
         if command in (Command.READ, Command.WRITE):
             return length + 512
         if command == Command.BLOCK_STATUS:
-            extents = 1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, STATUS_EXTENTS)
+            extents = (
+                1 if operation >> 16 & CommandFlag.REQ_ONE else min(length // 512 + 2, self._limits.status_extents)
+            )
             pair = 16 if self._transmission.negotiated.extended else 8
             return extents * pair * len(self._contexts) + 512
         return 512
@@ -166,7 +172,8 @@ class Performer:
     def status_or_error(self, request: RawRequest) -> bytes:
         """The reply to a valid BLOCK_STATUS, one chunk for each selected context (P117)."""
         selected, operation, cookie, offset, length = request
-        limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else STATUS_EXTENTS
+        limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else self._limits.status_extents
+        until = monotonic() + (self._limits.status_seconds or inf)
         contexts = self._contexts
         if operation >> 16 & CommandFlag.PAYLOAD_LEN:  # P120
             contexts = [context for context in contexts if selected >> context[0] & 1]
@@ -175,7 +182,9 @@ class Performer:
         reply = bytearray()
         try:
             for number, context in contexts:
-                extents = encode(context, device, offset, length, limit=limit, number=replies.status_number)
+                extents = encode(
+                    context, device, offset, length, limit=limit, number=replies.status_number, until=until
+                )
                 done = number == contexts[-1][0]
                 reply += replies.status(cookie, offset, extents, context_id=number, done=done)
         except Exception as error:

@@ -73,7 +73,7 @@ class Session:
         self._log = log.of(_log)
         self.counters = export.account.open()
         """What the client has done."""
-        self._performer = Performer(export, transmission, self.counters, log)
+        self._performer = Performer(export, transmission, self.counters, log, resources.limits)
         self._pending = Pending(
             export,
             self._performer,
