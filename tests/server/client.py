@@ -447,8 +447,17 @@ class Background:
 class HealthyClient(Background):
     """A client that reads at random places all the time and compares every answer with the disk's ``content``."""
 
-    def __init__(self, address: Address, content: bytes | memoryview, *, name: str = "", seed: int = 0) -> None:
-        self._client = Client(address).go(name)
+    def __init__(
+        self,
+        address: Address,
+        content: bytes | memoryview,
+        *,
+        name: str = "",
+        seed: int = 0,
+        client: Client | None = None,
+    ) -> None:
+        """``client``: one that has negotiated already, in place of a new one."""
+        self._client = client or Client(address).go(name)
         self._content = content
         self._random = random.Random(seed)
         super().__init__(self._round)

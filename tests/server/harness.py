@@ -23,10 +23,12 @@ import numpy as np
 import uvloop
 
 from nbdq.block import FilePiece, Kind, Piece, Status
+from nbdq.nbd.handshake import TlsMode
 from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import listen_tcp, listen_unix
 from nbdq.server.server import Server
+from nbdq.server.tls import Tls
 from nbdq.storage import FileStorage
 from tests.server.client import PATIENCE, Address, Client
 
@@ -227,8 +229,11 @@ class LoopServer:
         loop: str = "uvloop",
         limits: Limits | None = None,
         tcp: bool = False,
+        tls: Tls | None = None,
+        tls_mode: TlsMode = TlsMode.OFF,
     ) -> None:
         self._exports = exports
+        self._tls, self._tls_mode = tls, tls_mode
         self._limits = limits or Limits()
         self._make_loop = LOOPS[loop]
         self._tcp = tcp
@@ -339,8 +344,9 @@ class LoopServer:
         with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
             try:
                 path = f"{directory}/socket"
-                listener = listen_tcp("127.0.0.1", 0)[0] if self._tcp else listen_unix(path)
-                self._server = Server(Exports(self._exports), [listener], self._limits)
+                mode = self._tls_mode
+                listener = listen_tcp("127.0.0.1", 0, tls=mode)[0] if self._tcp else listen_unix(path, tls=mode)
+                self._server = Server(Exports(self._exports), [listener], self._limits, tls=self._tls)
                 self._server.start()
                 self._started.set_result(listener.socket.getsockname()[:2] if self._tcp else path)
             except BaseException as error:
