@@ -27,6 +27,8 @@ from nbdq.storage import Identity, identity_of
 
 _log = logging.getLogger(__name__)
 
+#: Images of directories that are opened before others get their turn, and what there is by then is offered.
+_OPENED_AT_ONCE = 64
 #: Until we look again whether a disk that nobody wants any more can be closed, while a job is at work on it.
 _AGAIN_SECONDS = 1.0
 
@@ -69,10 +71,12 @@ class _Change:
     targets: dict[_Disk, dict[str, tuple[ExportSettings, Shown | None]]] = field(default_factory=dict)
     """What each disk is to show; what is shown already has nothing prepared."""
     opened: list[_Disk] = field(default_factory=list)
+    disks: dict[str, list[_Disk]] = field(default_factory=dict)
+    """Those that are or will be open, by the places of their images."""
+    names: set[str] = field(default_factory=set)
     default: str = ""
-
-    def names(self) -> set[str]:
-        return {name for target in self.targets.values() for name in target}
+    is_partial: bool = False
+    """Whether more is to be opened, and so another change has to follow."""
 
     def abandon(self) -> None:
         """Close what was opened; nobody has used it."""
@@ -84,6 +88,7 @@ class _Change:
         unused = [disk for disk in self.opened if disk not in self.targets]
         self.opened = [disk for disk in self.opened if disk in self.targets]
         for disk in unused:
+            self.disks[disk.place].remove(disk)
             if not disk.volume.is_closed:
                 disk.volume.close()
 
@@ -102,6 +107,8 @@ class Disks:
         self._disks: list[_Disk] = []
         self._changing = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
+        self._ours: set[Export] = set()
+        """What settings want, as opposed to administrators."""
         self._complaints: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Volume]:
@@ -113,7 +120,7 @@ class Disks:
         Raises:
             ExportError, ImageError, OSError: as :meth:`change`; what is open by then :meth:`close` closes.
         """
-        change = self._prepare(wanted)
+        change = self._prepare(wanted, len(wanted))
         self._carry_out(change)
         for disk in self._disks:
             disk.volume.derive_now()
@@ -126,21 +133,26 @@ class Disks:
             OSError: the state file cannot be written; nothing has changed.
         """
         async with self._changing:
-            change = await in_thread(self._prepare, wanted)
-            admitted: list[_Disk] = []
-            try:
-                for disk in change.opened:
-                    await self._administration.admit(disk.volume)
-                    admitted.append(disk)
-                self._carry_out(change)
-            except BaseException:
-                for disk in admitted:
-                    with suppress(NbdqError, OSError):
-                        await self._administration.dismiss(disk.volume)
-                await in_thread(change.abandon)
-                raise
-            for disk in change.targets:
-                disk.volume.derive_soon()
+            while await self._change_partly(wanted):
+                pass
+
+    async def _change_partly(self, wanted: Sequence[Wanted]) -> bool:
+        change = await in_thread(self._prepare, wanted, _OPENED_AT_ONCE)
+        admitted: list[_Disk] = []
+        try:
+            for disk in change.opened:
+                await self._administration.admit(disk.volume)
+                admitted.append(disk)
+            self._carry_out(change)
+        except BaseException:
+            for disk in admitted:
+                with suppress(NbdqError, OSError):
+                    await self._administration.dismiss(disk.volume)
+            await in_thread(change.abandon)
+            raise
+        for disk in change.targets:
+            disk.volume.derive_soon()
+        return change.is_partial
 
     def close(self) -> None:
         """Make everything that was written durable, and close all disks. The loop has ended, no client is left.
@@ -163,14 +175,20 @@ class Disks:
 
     # Preparing: on any thread, changing nothing that anybody sees.
 
-    def _prepare(self, wanted: Sequence[Wanted]) -> _Change:
+    def _prepare(self, wanted: Sequence[Wanted], at_once: int) -> _Change:
         change = _Change(written={os.path.realpath(each.settings.image) for each in wanted if each.settings.writable})
+        for there in self._disks:
+            change.disks.setdefault(there.place, []).append(there)
+        index_bytes = self._index_bytes // max(len(wanted), 1)
         complaints: dict[str, str] = {}
-        new = sum(1 for each in wanted if self._find(each.settings, change) is None)
         try:
             for each in sorted(wanted, key=lambda each: not each.is_required):
+                disk = self._find(each.settings, change)
+                if disk is None and not each.is_required and len(change.opened) >= at_once:
+                    change.is_partial = True
+                    continue
                 try:
-                    self._prepare_one(each.settings, change, index_bytes=self._index_bytes // max(new, 1))
+                    self._prepare_one(each.settings, disk, change, index_bytes=index_bytes)
                 except (NbdqError, OSError) as error:
                     if each.is_required:
                         raise (each.failed(error) if each.where else error) from None
@@ -185,15 +203,15 @@ class Disks:
         self._complaints = complaints
         return change
 
-    def _prepare_one(self, settings: ExportSettings, change: _Change, *, index_bytes: int) -> None:
+    def _prepare_one(self, settings: ExportSettings, disk: _Disk | None, change: _Change, *, index_bytes: int) -> None:
         name = settings.export_name
-        if name in change.names():
+        if name in change.names:
             raise ExportError(f"two exports are named {printable(name)!r}; give each a name of its own")
         self._check_name(name)
-        disk = self._find(settings, change)
         if disk is None:
             disk = self._open(settings, change, index_bytes)
             change.opened.append(disk)
+            change.disks.setdefault(disk.place, []).append(disk)
         else:
             _check_openings(disk, settings)
         known = disk.shown.get(name)
@@ -205,20 +223,18 @@ class Disks:
         else:
             prepared = disk.volume.make(wish_of(settings, id=name or disk.volume.name))
         change.targets.setdefault(disk, {})[name] = settings, prepared
+        change.names.add(name)
         if settings.default:
             change.default = name
 
     def _find(self, settings: ExportSettings, change: _Change) -> _Disk | None:
         """The disk whose image is that file; if there is no file, it was of that place."""
         place, identity = os.path.realpath(settings.image), _identity(settings.image)
-        for disk in (*self._disks, *change.opened):
-            if disk.place == place and identity in (None, disk.identity):
-                return disk
-        return None
+        return next((disk for disk in change.disks.get(place, ()) if identity in (None, disk.identity)), None)
 
     def _open(self, settings: ExportSettings, change: _Change, index_bytes: int) -> _Disk:
         identity = _identity(settings.image)
-        taken = {disk.volume.name for disk in (*self._disks, *change.opened)}
+        taken = {disk.volume.name for disks in change.disks.values() for disk in disks}
         name = _free(settings.export_name or ExportSettings(image=settings.image).export_name, taken)
         place = os.path.realpath(settings.image)
         chain = open_chain(
@@ -234,7 +250,7 @@ class Disks:
     # Carrying out: at one moment for all clients.
 
     def _carry_out(self, change: _Change) -> None:
-        for name in change.names():
+        for name in change.names:
             self._check_name(name)
         for disk in self._disks:
             self._withdraw(disk, change.targets.get(disk, {}))
@@ -248,8 +264,7 @@ class Disks:
     def _check_name(self, name: str) -> None:
         """Refuse a name that an administrator has given to an export of his own."""
         there = self._exports.by_name.get(name)
-        ours = {export for disk in self._disks for _, export in disk.shown.values()}
-        if there is not None and there not in ours and not there.is_derived:
+        if there is not None and there not in self._ours and not there.is_derived:
             raise ExportError(f"an administrator has added an export named {printable(name)!r}; remove that first")
 
     def _withdraw(self, disk: _Disk, target: dict[str, tuple[ExportSettings, Shown | None]]) -> None:
@@ -257,6 +272,7 @@ class Disks:
         for name, (_, export) in list(disk.shown.items()):
             if name not in target or target[name][1] is not None:
                 del disk.shown[name]
+                self._ours.discard(export)
                 disk.volume.derive(name, None)
                 disk.volume.delete(export)
         if not disk.shown and not target:
@@ -274,6 +290,7 @@ class Disks:
             if volume.chain.write_threshold != settings.write_threshold and settings.write_threshold is not None:
                 volume.chain.set_write_threshold(settings.write_threshold)
         disk.shown[name] = settings, export
+        self._ours.add(export)
         wish = wish_of(settings, id=export.id)
         volume.derive(name, Derivation(wish, snapshots=settings.snapshots, layers=settings.layers))
 
