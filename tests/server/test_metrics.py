@@ -9,11 +9,14 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nbdq.cli.metrics import MetricsSettings, listen_for_monitoring
+from nbdq.errors import ExportError
 from nbdq.nbd.ending import Cause
 from nbdq.server import http
 from nbdq.server.http import HttpServer, Page
@@ -40,6 +43,15 @@ def server(image: Path, tmp_path: Path) -> Iterator[Server]:
     """One with a page of metrics on a unix socket, and an export "disk"."""
     with serve("--metrics", tmp_path / "web", "--admin", tmp_path / "admin", "-x", "disk", image) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+    """A server as above, and its page, for tests that leave it as it was."""
+    directory = tmp_path_factory.mktemp("lasting")
+    (directory / "disk.qcow2").write_bytes(minimal_image())
+    with serve("--metrics", directory / "web", "-x", "disk", directory / "disk.qcow2") as running:
+        yield running, str(directory / "web")
 
 
 @pytest.fixture
@@ -271,10 +283,16 @@ def test_the_socket_for_monitoring_is_ours_alone_and_goes_with_the_server(image:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("place", ["9809", "host", "1.2.3.4:x", "127.0.0.1:65536", ":"])
-def test_a_place_that_is_none_is_refused_in_one_line(image: Path, place: str) -> None:
-    (line,) = refusal("--metrics", place, image).splitlines()
-    assert "is neither ADDRESS:PORT" in line
+@pytest.mark.parametrize("place", ["9809", "host", "1.2.3.4:x", "127.0.0.1:65536", ":", "::1:"])
+def test_a_place_that_is_none_is_refused(place: str) -> None:
+    with ExitStack() as undo, pytest.raises(ExportError, match="is neither ADDRESS:PORT"):
+        listen_for_monitoring(MetricsSettings(place), undo)
+
+
+def test_a_place_that_is_taken_is_refused_in_one_line(image: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (line,) = refusal("--metrics", f":{taken.getsockname()[1]}", image).splitlines()
+    assert "Address already in use" in line
 
 
 def test_a_server_that_stops_is_alive_but_not_ready(server: Server, web: str) -> None:
@@ -288,10 +306,10 @@ def test_a_server_that_stops_is_alive_but_not_ready(server: Server, web: str) ->
             assert time.monotonic() < deadline, ready
             time.sleep(0.01)
         assert get(web, "/healthz") == (200, "ok\n")
-        client.replies()
 
 
-def test_a_page_that_is_none_tells_which_there_are(server: Server, web: str) -> None:
+def test_a_page_that_is_none_tells_which_there_are(lasting: tuple[Server, str]) -> None:
+    _, web = lasting
     status, body = get(web, "/../etc/passwd")
     assert status == 404
     assert {"/metrics", "/healthz", "/readyz"} == set(body.split())
@@ -299,7 +317,8 @@ def test_a_page_that_is_none_tells_which_there_are(server: Server, web: str) -> 
 
 
 @requires("curl")
-def test_a_real_client_reads_the_page(server: Server, web: str) -> None:
+def test_a_real_client_reads_the_page(lasting: tuple[Server, str]) -> None:
+    _, web = lasting
     assert "nbdq_build_info" in run("curl", "-sf", "--unix-socket", web, "http://nbdq/metrics")
     assert "200 OK" in run("curl", "-sfI", "--unix-socket", web, "http://nbdq/healthz")
 
@@ -323,8 +342,9 @@ def test_a_real_client_reads_the_page(server: Server, web: str) -> None:
     ],
 )
 def test_what_is_no_request_costs_its_connection(
-    server: Server, web: str, request_bytes: bytes, status: bytes | None
+    lasting: tuple[Server, str], request_bytes: bytes, status: bytes | None
 ) -> None:
+    server, web = lasting
     if status is None:  # says no more
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(web)
@@ -338,7 +358,8 @@ def test_what_is_no_request_costs_its_connection(
     assert "Traceback" not in server.stderr
 
 
-def test_too_many_who_say_nothing_keep_nobody_from_the_disk_and_leave_room_again(server: Server, web: str) -> None:
+def test_too_many_who_say_nothing_keep_nobody_from_the_disk_and_leave_room_again(lasting: tuple[Server, str]) -> None:
+    server, web = lasting
     silent = []
     for _ in range(40):
         sock = socket.socket(socket.AF_UNIX)
@@ -408,7 +429,8 @@ def documented() -> set[str]:
     return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
 
 
-def test_every_metric_is_documented_and_every_documented_metric_exists(server: Server, web: str) -> None:
+def test_every_metric_is_documented_and_every_documented_metric_exists(lasting: tuple[Server, str]) -> None:
+    _, web = lasting
     _, page = get(web, "/metrics")
     shown = set(re.findall(r"^# HELP (\w+)", page, re.MULTILINE))
     assert shown == documented()
@@ -423,7 +445,8 @@ def test_examples_ask_only_for_metrics_that_exist(name: str) -> None:
     assert {re.sub(r"_(bucket|count|sum)$", "", name) if name not in known else name for name in used} <= known
 
 
-def test_the_dashboard_asks_each_panel_something(server: Server, web: str) -> None:
+def test_the_dashboard_asks_each_panel_something(lasting: tuple[Server, str]) -> None:
+    _, web = lasting
     dashboard = json.loads((ROOT / "examples/monitoring/dashboard.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(expressions) >= len(dashboard["panels"]) > 10
