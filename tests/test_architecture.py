@@ -91,6 +91,7 @@ RESERVED: dict[str, set[str]] = {
     "ssl": SHELL | {"nbdq.client"},
     "uvloop": SHELL,
     "click": {"nbdq.cli"},
+    "prometheus_client": {"nbdq.server.metrics"},  # takes long to import, and only those wait who want it
     "logging": SHELL | {"nbdq.ops"},
     "argparse": set(),
     # construct declares what is cold: a parse of it on a hot path costs a hundred times a struct.

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import click
 
+import nbdq
 from nbdq.chain.clusters import ClusterCache
 from nbdq.cli.options import Mode
 from nbdq.errors import ExportError, printable
@@ -100,7 +101,7 @@ class Monitoring:
         if listeners:
             from nbdq.server.metrics import CONTENT_TYPE, Metrics  # takes 50 ms, for which nobody else has to wait
 
-            metrics = Metrics(server, volumes, clusters, jobs)
+            metrics = Metrics(server, volumes, clusters, jobs, version=nbdq.__version__)
 
             async def numbers() -> Page:
                 return Page(await metrics.page(), content_type=CONTENT_TYPE)

@@ -14,7 +14,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-import nbdq
 from nbdq.chain.bitmaps import list_bitmaps, written_image
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk
@@ -47,12 +46,15 @@ class Metrics:
         volumes: Iterable[Volume],
         clusters: ClusterCache,
         jobs: Callable[[], Iterable[dict[str, Any]]],
+        *,
+        version: str,
     ) -> None:
         """``volumes`` is looked at anew each time; ``jobs`` tells of each job as QEMU's JobInfo does."""
         self._server = server
         self._volumes = volumes
         self._clusters = clusters
         self._jobs = jobs
+        self._version = version
         self._process = ProcessCollector(registry=CollectorRegistry())
 
     async def page(self) -> bytes:
@@ -125,7 +127,7 @@ class Metrics:
         failures.add_metric([], SYNC_TIMES.failures)
         yield failures
         build = GaugeMetricFamily("nbdq_build_info", "Always 1.", labels=["version", "python"])
-        build.add_metric([nbdq.__version__, platform.python_version()], 1)
+        build.add_metric([self._version, platform.python_version()], 1)
         yield build
 
 
