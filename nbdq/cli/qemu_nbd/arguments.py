@@ -11,7 +11,6 @@ from getopt import GetoptError, gnu_getopt
 from nbdq.cli.qemu_nbd.objects import Objects
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import MAXIMUM_STRING
-from nbdq.server.writing import DetectZeroes
 
 #: Long options and their short ones; a colon follows the short option, an equals sign the long one, with an argument.
 _LONG: dict[str, str] = {
@@ -57,6 +56,7 @@ _LONG_OF = {f"-{short[0]}": f"--{long.rstrip('=')}" for long, short in _LONG.ite
 #: Cache mode → whether every write is flushed before it is answered.
 _CACHE = {"none": False, "off": False, "directsync": True, "writeback": False, "unsafe": False, "writethrough": True}
 _AIO = ("threads", "native", "io_uring")
+_DETECT_ZEROES = ("off", "on", "unmap")
 _DISCARD = {"ignore": False, "off": False, "unmap": True, "on": True}
 _ONCE = {"--cache": "-n and --cache", "--aio": "--aio", "--discard": "--discard"}
 
@@ -92,7 +92,7 @@ class Arguments:
     allocation_depth: bool = False
     read_only: bool = False
     discard: bool = False
-    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+    detect_zeroes: str = "off"
     write_through: bool = False
     # The image.
     format: str | None = None
@@ -125,7 +125,7 @@ def parse(words: list[str]) -> Arguments:
     try:
         options, operands = gnu_getopt(words, _SHORT, list(_LONG))
     except GetoptError as error:
-        raise UsageError(_as_getopt_says(error, words)) from None
+        raise UsageError(_as_getopt_says(error)) from None
     arguments = Arguments()
     for option, value in options:
         option = _LONG_OF.get(option, option)
@@ -141,15 +141,14 @@ def parse(words: list[str]) -> Arguments:
     return arguments
 
 
-def _as_getopt_says(error: GetoptError, words: list[str]) -> str:
+def _as_getopt_says(error: GetoptError) -> str:
     """The message in the words of the C library, which programs may know."""
-    option = f"-- '{error.opt}'" if len(error.opt) == 1 else f"'--{error.opt}'"
+    short = not error.msg.startswith("option --")
+    option = f"-- '{error.opt}'" if short else f"'--{error.opt}'"
     if "not recognized" in error.msg:
-        return f"invalid option {option}" if len(error.opt) == 1 else f"unrecognized option {option}"
+        return f"invalid option {option}" if short else f"unrecognized option {option}"
     if "requires argument" in error.msg:
-        return (
-            f"option requires an argument {option}" if len(error.opt) == 1 else f"option {option} requires an argument"
-        )
+        return f"option requires an argument {option}" if short else f"option {option} requires an argument"
     if "must not have" in error.msg:
         return f"option {option} doesn't allow an argument"
     possible = " ".join(f"'--{name.rstrip('=')}'" for name in _LONG if name.startswith(error.opt))
@@ -173,7 +172,7 @@ def _check(arguments: Arguments, operands: list[str]) -> None:
         raise ExportError(
             "Kernel /dev/nbdN support not available: serve on a socket, and connect with nbd-client -unix PATH DEVICE"
         )
-    if arguments.detect_zeroes is DetectZeroes.UNMAP and not arguments.discard:
+    if arguments.detect_zeroes == "unmap" and not arguments.discard:
         raise ExportError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
     if arguments.image_opts and arguments.format is not None:
         raise ExportError("--image-opts and -f are mutually exclusive")
@@ -238,10 +237,9 @@ def _take_discard(arguments: Arguments, text: str) -> None:
 
 
 def _take_detect_zeroes(arguments: Arguments, text: str) -> None:
-    try:
-        arguments.detect_zeroes = DetectZeroes(text)
-    except ValueError:
-        raise ExportError(f"Failed to parse detect_zeroes mode: Invalid parameter '{printable(text)}'") from None
+    if text not in _DETECT_ZEROES:
+        raise ExportError(f"Failed to parse detect_zeroes mode: Invalid parameter '{printable(text)}'")
+    arguments.detect_zeroes = text
 
 
 def _take_load_snapshot(arguments: Arguments, text: str) -> None:

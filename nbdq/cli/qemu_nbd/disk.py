@@ -24,7 +24,8 @@ from nbdq.qcow2.create import CreateOptions
 ALLOW_BACKING = "NBDQ_QEMU_NBD_ALLOW_BACKING"
 ALLOW_DATA_FILE = "NBDQ_QEMU_NBD_ALLOW_DATA_FILE"
 
-_GUESSED_RAW = """\
+#: What is said about a guess, in qemu-nbd's words.
+GUESSED_RAW = """\
 WARNING: Image format was not specified for '{}' and probing guessed raw.
          Automatically detecting the format is dangerous for raw images, write operations on block 0 will be \
 restricted.
@@ -35,28 +36,25 @@ restricted.
 @contextmanager
 def open_disk(
     arguments: Arguments, image: Image, environment: Mapping[str, str] = os.environ
-) -> Iterator[tuple[LiveChain, BlockDevice]]:
-    """The chain of ``image``, and what clients see of it; at the end everything written is durable, and all closed.
+) -> Iterator[tuple[Image, LiveChain, BlockDevice]]:
+    """The image with its format, its chain, and what clients see of it; at the end everything written is durable, and
+    all is closed.
 
     Raises:
         ExportError: it cannot be opened; the text is qemu-nbd's as far as programs may know it. At the end: what was
             written last may be lost.
     """
     name = printable(arguments.file or "", 1024)
-    guessed = image.format is None
     clusters = ClusterCache(budget=64 << 20)
     try:
         try:
-            if guessed:
-                image = replace(image, format=guess_format(image.path), backing=())
+            if image.format is None:
+                image = replace(image, format=guess_format(image.path), guessed=True, backing=())
             chain = _open_chain(arguments, image, _policy(image, environment), clusters)
         except (ImageError, ExportError, OSError) as error:
             raise ExportError(f"Failed to blk_new_open '{name}': {_in_qemu_words(error, image.path)}") from error
         try:
-            guard = guessed and image.format == "raw" and not arguments.snapshot
-            if guard:
-                sys.stderr.write(_GUESSED_RAW.format(printable(image.path, 1024)))
-            yield chain, _shown(arguments, image, chain.device, guard=guard)
+            yield image, chain, _shown(arguments, image, chain.device)
         finally:
             clusters.close()  # first, because it may be reading the disk
             try:
@@ -109,7 +107,7 @@ def _open_chain(arguments: Arguments, image: Image, policy: Policy, clusters: Cl
         )
 
 
-def _shown(arguments: Arguments, image: Image, device: BlockDevice, *, guard: bool) -> BlockDevice:
+def _shown(arguments: Arguments, image: Image, device: BlockDevice) -> BlockDevice:
     """The part of the disk that is wanted, with what happens to writes; the device itself where that is all."""
     parts = [(image.offset, image.size), (arguments.offset, None)]
     parts = [(offset, size) for offset, size in parts if offset or size is not None]
@@ -118,7 +116,7 @@ def _shown(arguments: Arguments, image: Image, device: BlockDevice, *, guard: bo
             device = Window(device, offset, size)
         return device
     disk = cast(WritableBlockDevice, device)
-    if guard:
+    if image.guessed and image.format == "raw" and not arguments.snapshot:
         disk = GuardedRaw(disk, 0)
     for offset, size in parts:
         disk = WritableWindow(disk, offset, size)

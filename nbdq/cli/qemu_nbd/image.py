@@ -32,6 +32,8 @@ class Image:
     path: str
     format: str | None = None
     """None: nobody said it."""
+    guessed: bool = False
+    """Nobody said the format, and we had a look."""
     backing: tuple[tuple[str, str], ...] | None = None
     """(format, path) of every layer below; None: what headers say."""
     offset: int = 0

@@ -1,12 +1,11 @@
 """``-L``: what another server offers, in qemu-nbd's words."""
 
-import socket
-
 from nbdq.cli.qemu_nbd.arguments import Arguments
+from nbdq.cli.qemu_nbd.places import port_number
 from nbdq.client.connection import Connection, connect
 from nbdq.client.wire import ExportDetails, OptionFailed
 from nbdq.errors import ExportError, printable
-from nbdq.nbd.constants import DEFAULT_PORT, TransmissionFlag
+from nbdq.nbd.constants import TransmissionFlag
 from nbdq.nbd.uri import Uri
 
 _TIMEOUT_SECONDS = 30.0
@@ -87,19 +86,3 @@ def _uri(arguments: Arguments) -> Uri:
         return Uri(secure=secure, socket_path=arguments.socket, query=query)
     host = arguments.address or "0.0.0.0"
     return Uri(secure=secure, host=host, port=port_number(arguments.port), query=query)
-
-
-def port_number(text: str | None) -> int:
-    """The port that ``-p`` says: a number, or a service.
-
-    Raises:
-        ExportError: neither.
-    """
-    if text is None:
-        return DEFAULT_PORT
-    if text.isascii() and text.isdigit() and int(text) < 1 << 16:
-        return int(text)
-    try:
-        return socket.getservbyname(text, "tcp")
-    except (OSError, UnicodeError):
-        raise ExportError(f"address resolution failed for port {printable(text)}: unknown service") from None

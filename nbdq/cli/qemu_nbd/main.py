@@ -1,24 +1,25 @@
 """``nbdq-qemu-nbd``, from its command line to its exit status."""
 
+import gc
+import logging
 import sys
 from contextlib import suppress
 
-from nbdq.cli.qemu_nbd.arguments import UsageError, parse
+from nbdq.cli.qemu_nbd.arguments import Arguments, UsageError, parse
 from nbdq.cli.qemu_nbd.usage import HELP, VERSION
-from nbdq.errors import NbdqError, in_words
+from nbdq.errors import ExportError, NbdqError, in_words
 
 
 def main() -> None:
     """Be qemu-nbd. Errors are on stderr, as ``qemu-nbd: …``, with exit status 1."""
     try:
-        status = _run(sys.argv[1:])
+        _run(sys.argv[1:])
         sys.stdout.flush()
     except (NbdqError, OSError) as error:
-        status = _fail(error)
-    sys.exit(status)
+        _fail(error)
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str]) -> None:
     arguments = parse(words)
     if arguments.help or arguments.version:
         print(HELP if arguments.help else VERSION, end="")
@@ -27,16 +28,37 @@ def _run(words: list[str]) -> int:
 
         print_exports(arguments)
     else:
-        from nbdq.cli.qemu_nbd.serving import serve
-
-        serve(arguments)
-    return 0
+        _serve(arguments)
 
 
-def _fail(error: Exception) -> int:
+def _serve(arguments: Arguments) -> None:
+    """Listen, and only then load what makes a server, which takes longer than some callers wait until they connect."""
+    from nbdq.cli.detach import Background
+    from nbdq.cli.qemu_nbd.places import inherited_listener, listen
+    from nbdq.cli.signals import StopSignals
+
+    if arguments.selinux_label is not None:
+        raise ExportError("SELinux support not enabled in this binary")
+    logging.basicConfig(format="qemu-nbd: %(message)s", level=logging.WARNING)
+    inherited = inherited_listener(arguments)
+    background = Background() if arguments.fork else None
+    with StopSignals() as signals:
+        listeners = listen(arguments) if inherited is None else [inherited]
+        try:
+            gc.disable()  # what is imported stays; looking for garbage in it takes a tenth of the start-up time
+            from nbdq.cli.qemu_nbd.serving import serve
+
+            gc.enable()
+            serve(arguments, listeners, background, signals)
+        finally:
+            for listener in listeners:
+                listener.close()
+
+
+def _fail(error: Exception) -> None:
     with suppress(OSError):
         print(f"qemu-nbd: {in_words(error)}", file=sys.stderr)
         if isinstance(error, UsageError):
             print("qemu-nbd: Try `qemu-nbd --help' for more information.", file=sys.stderr)
         sys.stderr.flush()
-    return 1
+    sys.exit(1)

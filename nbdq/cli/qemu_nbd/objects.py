@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import escape
 
 from nbdq.cli.qemu_nbd.words import boolean, parse_json, parse_list
 from nbdq.errors import ExportError, printable
@@ -84,7 +85,7 @@ class Objects:
         )
 
     def subjects(self, name: str) -> tuple[str, ...]:
-        """Whom ``--tls-authz`` lets in: subjects of certificates.
+        """Whom ``--tls-authz`` lets in, as :attr:`nbdq.server.access.Access.subjects` says it.
 
         Raises:
             ExportError: no such list, or one that says more than who is let in.
@@ -93,7 +94,7 @@ class Objects:
             raise ExportError(f"Authorization object '{printable(name)}' does not exist")
         kind, values = self.by_id[name]
         if kind == "authz-simple" and "identity" in values:
-            return (values["identity"],)
+            return (escape(values["identity"]),)
         if kind == "authz-list":
             return _allowed(name, values)
         raise ExportError(f"Object '{printable(name)}' is not an authorization list")
@@ -105,12 +106,13 @@ def _allowed(name: str, values: Mapping[str, str]) -> tuple[str, ...]:
         if key.startswith("rules."):
             number, _, what = key.removeprefix("rules.").partition(".")
             rules.setdefault(number, {})[what] = value
-    simple = all(
-        rule.get("policy") == "allow" and rule.get("format", "exact") == "exact" and "match" in rule
-        for rule in rules.values()
-    )
-    if not simple or values.get("policy", "deny") != "deny":
-        raise ExportError(
-            f"Authorization object '{printable(name)}': only lists of exact names that are allowed are supported"
-        )
-    return tuple(rule["match"] for rule in rules.values())
+    if values.get("policy", "deny") != "deny" or any(rule.get("policy") != "allow" for rule in rules.values()):
+        raise ExportError(f"Authorization object '{printable(name)}': only lists of who is allowed are supported")
+    return tuple(_pattern(name, rule) for rule in rules.values())
+
+
+def _pattern(name: str, rule: Mapping[str, str]) -> str:
+    style = rule.get("format", "exact")
+    if "match" not in rule or style not in ("exact", "glob"):
+        raise ExportError(f"Authorization object '{printable(name)}': a rule has a match, of format exact or glob")
+    return rule["match"] if style == "glob" else escape(rule["match"])

@@ -1,10 +1,9 @@
-"""The server behind one call of qemu-nbd: from its options until the last client leaves or a signal comes."""
+"""The server behind one call of qemu-nbd: its disk, its export, and how long it serves."""
 
 import asyncio
-import errno
-import logging
 import os
 import signal
+import sys
 from dataclasses import replace
 
 import uvloop
@@ -15,25 +14,20 @@ from nbdq.chain.live import LiveChain
 from nbdq.cli.detach import Background
 from nbdq.cli.lifecycle import process_id_in
 from nbdq.cli.qemu_nbd.arguments import Arguments
-from nbdq.cli.qemu_nbd.disk import open_disk
+from nbdq.cli.qemu_nbd.disk import GUESSED_RAW, open_disk
 from nbdq.cli.qemu_nbd.image import Image, parse_image
-from nbdq.cli.qemu_nbd.listing import port_number
+from nbdq.cli.signals import StopSignals
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import TransmissionFlag
-from nbdq.server.activation import inherited_sockets
+from nbdq.server.access import Access
 from nbdq.server.export import Client, Export, Exports
 from nbdq.server.limits import Limits
-from nbdq.server.listener import Listener, listen_tcp, listen_unix
+from nbdq.server.listener import Listener
 from nbdq.server.server import Server
+from nbdq.server.tls import Tls, TlsSettings
+from nbdq.server.writing import DetectZeroes
 from nbdq.storage import share_one_heap
 
-#: Options that say where clients connect, which nobody may say if a socket was handed to us.
-_PLACES = {
-    "--socket": "Unix socket",
-    "--bind": "The interface",
-    "--port": "TCP port number",
-    "--selinux-label": "SELinux label",
-}
 #: What "no limit" means: more than there are descriptors.
 _ANY_NUMBER = 1 << 20
 _FOR_EVER_SECONDS = 1e9
@@ -50,38 +44,38 @@ class _Exports(Exports):
         self.was_entered = True
 
 
-def serve(arguments: Arguments) -> None:
-    """Serve as ``arguments`` say; with ``--fork`` this returns in the child, and ends the parent (SystemExit).
+def serve(arguments: Arguments, listeners: list[Listener], background: Background | None, signals: StopSignals) -> None:
+    """Serve on ``listeners`` until a signal comes or the last client has left. When clients can connect, ``background``
+    lets go of whoever started us. Everything written is durable on return.
 
     Raises:
         ExportError, ImageError, OSError: something cannot be opened, or saved in the end.
     """
-    logging.basicConfig(format="qemu-nbd: %(message)s", level=logging.WARNING)
-    if arguments.selinux_label is not None:
-        raise ExportError("SELinux support not enabled in this binary")
-    listeners = _activated(arguments)
-    background = Background() if arguments.fork else None
     share_one_heap()
-    listeners = listeners or _listen(arguments)
+    tls = _open_tls(arguments)
     try:
         image = parse_image(arguments.file or "", format=arguments.format, image_opts=arguments.image_opts)
     except ExportError as error:
         raise ExportError(f"Failed to blk_new_open '{printable(arguments.file or '', 1024)}': {error}") from None
-    try:
-        with (
-            open_disk(arguments, image) as (chain, device),
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        ):
-            exports = _Exports([_export(arguments, image, chain, device)])
-            runner.run(_serve(arguments, exports, listeners, background))
-    finally:
-        for listener in listeners:
-            listener.close()
+    with (
+        open_disk(arguments, image) as (image, chain, device),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        exports = _Exports([_export(arguments, image, chain, device)])
+        runner.run(_serve(arguments, exports, listeners, tls, background, signals))
+
+
+def _open_tls(arguments: Arguments) -> Tls | None:
+    if arguments.tls_creds is None:
+        return None
+    credentials = arguments.objects.credentials(arguments.tls_creds, server=True)
+    if credentials.psk:
+        return Tls(TlsSettings(psk_file=os.path.join(credentials.directory, "keys.psk")))
+    return Tls(TlsSettings(certificates=credentials.directory, verify_peer=credentials.verify_peer))
 
 
 def _export(arguments: Arguments, image: Image, chain: LiveChain, device: BlockDevice) -> Export:
-    whole = device.size == chain.device.size
-    if arguments.bitmaps and not whole:
+    if arguments.bitmaps and device.size != chain.device.size:
         raise ExportError("a bitmap describes a whole disk; leave out the offset, or -B")
     export = Export.make(
         arguments.name or "",
@@ -91,64 +85,37 @@ def _export(arguments: Arguments, image: Image, chain: LiveChain, device: BlockD
         bitmaps=find_bitmaps(chain.device, arguments.bitmaps),
         allocation_depth=arguments.allocation_depth,
         discard=arguments.discard,
-        detect_zeroes=arguments.detect_zeroes,
+        detect_zeroes=DetectZeroes(arguments.detect_zeroes),
     )
     if arguments.shared == 1:  # qemu-nbd's answer to clients that count on a second connection
         export.info = replace(export.info, flags=export.info.flags & ~TransmissionFlag.CAN_MULTI_CONN)
+    if image.guessed and image.format == "raw":
+        export.info = replace(export.info, minimum_block=512)
+        sys.stderr.write(GUESSED_RAW.format(printable(image.path, 1024)))
+    if arguments.tls_authz is not None:
+        export.access = Access(subjects=arguments.objects.subjects(arguments.tls_authz))
     return export
 
 
-def _activated(arguments: Arguments) -> list[Listener]:
-    """The socket that was opened for us, if one was."""
-    inherited = inherited_sockets()
-    if not inherited:
-        return []
-    for option, what in _PLACES.items():
-        if option in arguments.seen:
-            raise ExportError(f"{what} can't be set when using socket activation")
-    if len(inherited) > 1:
-        raise ExportError("qemu-nbd does not support socket activation with LISTEN_FDS > 1")
-    return [Listener(inherited[0].socket)]
-
-
-def _listen(arguments: Arguments) -> list[Listener]:
-    """Listen where the options say; a unix socket has the mode that the umask leaves it, as qemu-nbd's."""
-    try:
-        if arguments.socket is None:
-            return listen_tcp(arguments.address or "0.0.0.0", port_number(arguments.port))
-        mask = os.umask(0)
-        os.umask(mask)
-        return [listen_unix(arguments.socket, mode=0o777 & ~mask)]
-    except ExportError as error:
-        raise ExportError(_bind_failure(arguments, error)) from None
-
-
-def _bind_failure(arguments: Arguments, error: ExportError) -> str:
-    """The reason, behind what programs look for in qemu-nbd's message."""
-    if arguments.socket is not None:
-        return f"Failed to bind socket to {printable(arguments.socket)}: {error}"
-    busy = os.strerror(errno.EADDRINUSE)
-    if busy in str(error):
-        return f"Failed to find an available port: {busy}"
-    return str(error)
-
-
 async def _serve(
-    arguments: Arguments, exports: _Exports, listeners: list[Listener], background: Background | None
+    arguments: Arguments,
+    exports: _Exports,
+    listeners: list[Listener],
+    tls: Tls | None,
+    background: Background | None,
+    signals: StopSignals,
 ) -> None:
-    loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, stop.set)
-    clients = arguments.shared or _ANY_NUMBER
+    signals.deliver(lambda count: stop.set())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop.set)  # which is no reload here
     limits = Limits(
         handshake_seconds=arguments.handshake_seconds or _FOR_EVER_SECONDS,
-        connections=clients,
+        connections=arguments.shared or _ANY_NUMBER,
         export_connections=0,
         peer_connections=0,
         tls_connections=0,
     )
-    server = Server(exports, listeners, limits, clients_at_once=arguments.shared)
+    server = Server(exports, listeners, limits, tls=tls, clients_at_once=arguments.shared)
 
     def on_idle() -> None:
         if exports.was_entered and not arguments.persistent:
@@ -164,3 +131,4 @@ async def _serve(
             await stop.wait()
     finally:
         await server.stop()
+        signals.ignore()
