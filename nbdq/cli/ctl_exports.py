@@ -48,7 +48,9 @@ def exports(session: Session) -> None:
 @click.option("-B", "--bitmap", "bitmaps", multiple=True, metavar="NAME", help="Offer this dirty bitmap. Repeatable.")
 @click.option("-A", "--allocation-depth", is_flag=True, help="Offer the context qemu:allocation-depth.")
 @click.option("-D", "--description", default=None, help="Text about the export.")
-@click.option("-e", "--shared", type=int, default=None, metavar="N", help="Clients at once; 0 for no limit.")
+@click.option(
+    "-e", "--shared", type=int, default=None, metavar="N", help="Clients at once.  [default: 0, what the limits say]"
+)
 @click.option("--discard", type=click.Choice(["unmap", "ignore"]), default=None)
 @click.option("--detect-zeroes", type=click.Choice(["off", "on", "unmap"]), default=None)
 @pass_session

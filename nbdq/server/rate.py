@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from time import monotonic
 
 from nbdq.errors import ExportError
@@ -45,7 +45,8 @@ class Rates:
         Raises:
             ExportError: a rate is negative, or the burst not positive.
         """
-        if self.requests < 0 or self.bytes < 0 or self.burst <= 0:
+        numbers = (self.requests, self.bytes, self.burst)
+        if not all(map(isfinite, numbers)) or min(numbers) < 0 or not self.burst:
             raise ExportError("rates must not be negative, and a burst must be positive; a rate of 0 is no limit")
 
     @property

@@ -9,7 +9,9 @@ from nbdq.admin.context import Context
 from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.chain.views import View
 from nbdq.errors import NotFound, OperationError, printable
+from nbdq.server.access import Access
 from nbdq.server.export import Export
+from nbdq.server.rate import Rates
 from nbdq.server.volume import Volume
 from nbdq.server.wish import Wish
 from nbdq.server.writing import DetectZeroes
@@ -25,6 +27,45 @@ class BitmapOfNode:
     node: str
     """A layer; bitmaps are found by name in the topmost layer that has one, and this one has to be part of the disk."""
     name: str
+
+
+@dataclass(frozen=True)
+class AccessRequest:
+    """What clients have to be or to prove; what is left out is not demanded."""
+
+    tls: bool = False
+    subjects: list[str] | None = None
+    """Patterns for subjects or names of certificates, or PSK: and the name of a key."""
+    networks: list[str] | None = None
+    users: list[str | int] | None = None
+    groups: list[str | int] | None = None
+    """Users and groups by name or number."""
+
+    def make(self) -> Access:
+        """The demands, with names resolved.
+
+        Raises:
+            ExportError: a word means nothing.
+        """
+        return Access.of(**vars(self))
+
+
+@dataclass(frozen=True)
+class RatesRequest:
+    """What all clients together may do in a second; 0 for no limit."""
+
+    requests: int | float = 0
+    bytes: int | float = 0
+    burst: int | float = 1
+    """Seconds' worth that clients who were idle may use at once."""
+
+    def make(self) -> Rates:
+        """The rates.
+
+        Raises:
+            ExportError: they make no sense.
+        """
+        return Rates(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -48,7 +89,9 @@ class ExportAdd:
     x_nbdq_layer: str | None = None
     """Show this layer, by path or node name, and what is below it, read-only."""
     x_nbdq_max_connections: int = 0
-    """Clients at once; 0 for no limit."""
+    """Clients at once; 0: as many as the server's limits allow."""
+    x_nbdq_access: AccessRequest = field(default_factory=AccessRequest)
+    x_nbdq_rates: RatesRequest = field(default_factory=RatesRequest)
     x_nbdq_discard: Literal["unmap", "ignore"] = "unmap"
     x_nbdq_detect_zeroes: Literal["off", "on", "unmap"] = "off"
 
@@ -77,6 +120,8 @@ async def add(context: Context, arguments: ExportAdd) -> Reply:
         bitmaps=bitmaps,
         allocation_depth=arguments.allocation_depth,
         maximum_connections=_limit(arguments.x_nbdq_max_connections),
+        access=arguments.x_nbdq_access.make(),
+        rates=arguments.x_nbdq_rates.make(),
         discard=arguments.x_nbdq_discard == "unmap",
         detect_zeroes=DetectZeroes(arguments.x_nbdq_detect_zeroes),
     )
@@ -142,6 +187,14 @@ def _described(volume: Volume, export: Export, context: Context) -> dict[str, An
         "x-nbdq-max-connections": export.maximum_connections,
         "x-nbdq-paused": export.is_held,
     }
+    access, rates = export.access, export.rates
+    if access != Access():
+        lists = {"subjects": access.subjects, "networks": [str(network) for network in access.networks]}
+        numbers = {"users": sorted(access.users), "groups": sorted(access.groups)}
+        given = {name: list(items) for name, items in (lists | numbers).items() if items}
+        found["x-nbdq-access"] = {"tls": access.demands_tls, **given}
+    if rates.are_limited:
+        found["x-nbdq-rates"] = vars(rates)
     if export.writing is not None:
         found["x-nbdq-discard"] = "unmap" if export.writing.discards else "ignore"
         found["x-nbdq-detect-zeroes"] = export.writing.detect_zeroes.value
@@ -159,6 +212,10 @@ class ExportSet:
     id: str
     max_connections: int | None = None
     """For new clients; nobody is cut."""
+    access: AccessRequest | None = None
+    """For new clients, in place of all that was demanded before."""
+    rates: RatesRequest | None = None
+    """From now on, for all; in place of those before."""
     read_only: bool | None = None
     """For new clients; those that were told that they may write go on."""
     description: str | None = None
@@ -175,14 +232,16 @@ async def change(context: Context, arguments: ExportSet) -> Reply:
     if wants_to_write and writing is None:
         raise OperationError(f"export '{printable(arguments.id)}' is read-only; add another one that is writable")
     limit = None if arguments.max_connections is None else _limit(arguments.max_connections)
-    if arguments.description is not None:
-        export.describe(arguments.description)
-    if limit is not None:
-        export.maximum_connections = limit
+    access = export.access if arguments.access is None else arguments.access.make()
+    rates = export.rates if arguments.rates is None else arguments.rates.make()
     if writing is not None:
         discards = writing.discards if arguments.discard is None else arguments.discard == "unmap"
         detect = arguments.detect_zeroes or writing.detect_zeroes.value
         _check_discard("unmap" if discards else "ignore", detect)
+    if arguments.description is not None:
+        export.describe(arguments.description)
+    export.obey(access=access, rates=rates, maximum_connections=export.maximum_connections if limit is None else limit)
+    if writing is not None:
         writing.set(discard=discards, detect_zeroes=DetectZeroes(detect))
         if arguments.read_only is not None:
             export.admit_writers(not arguments.read_only)
