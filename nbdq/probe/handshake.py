@@ -9,7 +9,7 @@ from nbdq.client.connection import dial
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import ClientFlag, HandshakeFlag, Option, OptionReply
 from nbdq.probe.check import Deviation, Level, check, expect
-from nbdq.probe.target import NO_EXPORT, Target, answer, expect_in_sync, expect_reply, go, info_data
+from nbdq.probe.target import NO_EXPORT, Target, answer, drip, expect_in_sync, expect_reply, go, info_data
 
 _UNKNOWN_OPTION = 0x6E62_6471
 _KNOWN_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
@@ -58,8 +58,7 @@ def plain_newstyle(target: Target) -> None:
 def options_byte_by_byte(target: Target) -> None:
     """An option may come in pieces of any size."""
     with target.connect() as connection:
-        for byte in wire.pack_option(Option.INFO, info_data(target.uri.export)):
-            connection.channel.send(bytes([byte]))
+        drip(connection.channel, wire.pack_option(Option.INFO, info_data(target.uri.export)))
         replies = connection.take_answer(Option.INFO)
         if replies[-1].type != OptionReply.ERR_UNSUP:
             wire.parse_details(replies[:-1])

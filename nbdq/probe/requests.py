@@ -11,6 +11,7 @@ from nbdq.probe.check import Deviation, Level, check, expect
 from nbdq.probe.target import (
     STRUCTURED,
     Target,
+    drip,
     expect_alive,
     expect_error,
     expect_success,
@@ -51,8 +52,7 @@ def requests_byte_by_byte(target: Target) -> None:
     target.need(target.size, "the export is empty")
     for session in target.sessions():
         cookie = session.expect(Command.READ, 0, target.block)
-        for byte in session.pack(Command.READ, cookie, 0, target.block):
-            session.channel.send(bytes([byte]))
+        drip(session.channel, session.pack(Command.READ, cookie, 0, target.block))
         expect_success(session.receive()[1])
 
 

@@ -1,10 +1,12 @@
 """The server and export that are probed: how checks get to it, and what was learned of it beforehand."""
 
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from nbdq.client.channel import Channel
 from nbdq.client.connection import EVERY_INFO, Connection, dial
 from nbdq.client.session import Session
 from nbdq.client.tls import tls_context, tls_hostname
@@ -16,6 +18,9 @@ from nbdq.probe.check import Deviation, NotApplicable, expect
 
 #: What a client may rely on where a server does not say its block sizes (P126).
 _DEFAULT_SIZES = BlockSizes(minimum=1, preferred=4096, maximum=32 << 20)
+
+#: Seconds between two bytes.
+_PAUSE = 0.001
 
 #: A name of which it is assumed that no export has it.
 NO_EXPORT = "nbdq-probe: no export has this name"
@@ -202,6 +207,13 @@ def go(connection: Connection, name: str) -> Session:
 def info_data(name: str | bytes) -> bytes:
     """The data of an INFO that asks for everything."""
     return pack_info_request(name, EVERY_INFO)
+
+
+def drip(channel: Channel, data: bytes) -> None:
+    """Send ``data`` byte by byte, with pauses in which a server that is quick sees each on its own."""
+    for byte in data:
+        channel.send(bytes([byte]))
+        time.sleep(_PAUSE)
 
 
 # What checks ask, and what they then look at.

@@ -6,7 +6,7 @@ from nbdq.client.session import Session
 from nbdq.client.transaction import Transaction, error_name
 from nbdq.nbd.constants import Command, CommandFlag, Errno, TransmissionFlag
 from nbdq.probe.check import Deviation, Level, check, expect
-from nbdq.probe.target import Target, expect_alive, expect_error, expect_success
+from nbdq.probe.target import Target, drip, expect_alive, expect_error, expect_success
 
 #: What a client without knowledge of block sizes may write at once (P85).
 _LARGE = 32 << 20
@@ -48,8 +48,7 @@ def write_in_pieces(target: Target) -> None:
     data = _data(target.block, 7)
     for session in target.sessions():
         request = session.pack(Command.WRITE, session.expect(Command.WRITE, 0, len(data)), 0, len(data), payload=data)
-        for start in range(64):
-            session.channel.send(request[start : start + 1])
+        drip(session.channel, request[:64])
         session.channel.send(request[64:])
         expect_success(session.receive()[1])
         _expect_content(session, 0, data)
