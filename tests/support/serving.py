@@ -23,10 +23,12 @@ class Server:
     running: ClassVar[list["Server"]] = []
 
     def __init__(self, *words: str | Path, directory: Path, cwd: Path | None = None) -> None:
-        """Start the server with these options and images, its socket and log in ``directory``."""
+        """Start the server with these options and images, its socket and log in ``directory``. A ``--config`` has to
+        name the socket itself."""
         self.socket = directory / "socket"
         self.log = directory / "stderr"
-        self.command = [sys.executable, "-m", "nbdq", "serve", "-k", str(self.socket), *map(str, words)]
+        place = [] if "--config" in words else ["-k", str(self.socket)]
+        self.command = [sys.executable, "-m", "nbdq", "serve", *place, *map(str, words)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, cwd=cwd
