@@ -377,9 +377,9 @@ def _refused_flags(negotiated: Negotiated) -> dict[int, int]:
             withheld |= command_flag
     refused = {int(command): 0xFFFF ^ int(rule.flags & ~withheld) for command, rule in _RULES.items()}
     if negotiated.extended:
-        refused[_WRITE] &= ~CommandFlag.PAYLOAD_LEN
+        refused[_WRITE] &= ~int(CommandFlag.PAYLOAD_LEN)  # the inverse of an IntFlag lacks bits
     if TransmissionFlag.BLOCK_STATUS_PAYLOAD in negotiated.flags:
-        refused[_BLOCK_STATUS] &= ~CommandFlag.PAYLOAD_LEN
+        refused[_BLOCK_STATUS] &= ~int(CommandFlag.PAYLOAD_LEN)  # the inverse of an IntFlag lacks bits
     return refused
 
 
