@@ -1,7 +1,7 @@
 """Every limit and deadline of the server, with its reason. Sizes in bytes, times in seconds."""
 
 from dataclasses import dataclass, field, fields
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 from nbdq.errors import ExportError
@@ -88,6 +88,8 @@ class Limits:
         """
         for limit in fields(self):
             value, least, most = getattr(self, limit.name), limit.metadata["least"], limit.metadata["most"]
+            if not isfinite(value):
+                raise ExportError(f"limit {limit.name.replace('_', '-')}: {value} is not a number")
             if not least <= value <= most:
                 bound = f"less than {least:g}" if value < least else f"more than {most:g}"
                 raise ExportError(f"limit {limit.name.replace('_', '-')}: {value:g} is {bound}")
