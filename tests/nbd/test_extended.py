@@ -164,19 +164,9 @@ def test_a_block_status_with_payload_says_there_what_it_asks_for(ids: tuple[int,
 @pytest.mark.parametrize(
     "payload",
     [
-        b"",
-        b"x",
-        u64(512),
-        ask(512, 0)[:-1],
-        ask(512, 0) + b"x",
-        ask(512, 1),
-        ask(512, 0, 0),
-        ask(512, 0, 2, 700, 0),
-        ask(512, *range(100)),
-        bytes(70000),
-        ask(0, 0),
-        ask(SIZE + 1, 0),
-        ask((1 << 64) - 1, 0),
+        *(b"", b"x", u64(512), ask(512, 0)[:-1], ask(512, 0) + b"x"),
+        *(ask(512, 1), ask(512, 0, 0), ask(512, 0, 2, 700, 0), ask(512, *range(100)), bytes(70_000)),
+        *(ask(0, 0), ask(SIZE + 1, 0), ask((1 << 64) - 1, 0)),
     ],
 )
 def test_a_wrong_payload_is_read_and_the_request_refused(payload: bytes) -> None:
