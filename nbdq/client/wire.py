@@ -41,6 +41,7 @@ class OptionFailed(ExportError):
 
     def __init__(self, option: int, reply: int, text: str) -> None:
         super().__init__(f"{option_name(option)}: {reply_name(reply)}" + (f" ({text})" if text else ""))
+        self.option = option
         self.reply = reply
         self.text = text
 
