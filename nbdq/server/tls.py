@@ -94,8 +94,8 @@ def _load(settings: TlsSettings) -> _Credentials:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # P60, R-16
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
-    # No tickets: they would let in after a reload who was let in before it. Sessions of TLS 1.2 that ended politely stay
-    # in the context, which a reload replaces: 20,000 at most, a KiB or two each.
+    # No tickets: they would let in after a reload who was let in before it. Sessions of TLS 1.2 that ended politely are
+    # kept in the context, which a reload replaces: 20,000 at most, a KiB or two each.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     if settings.psk_file is not None:
