@@ -56,12 +56,19 @@ def metrics_settings(metrics: str | None, metrics_mode: int) -> MetricsSettings:
     return MetricsSettings(metrics, metrics_mode)
 
 
-def listen_for_monitoring(settings: MetricsSettings, undo: ExitStack) -> list[Listener]:
-    """The sockets that are wanted, none if there is to be no monitoring; ``undo`` closes them.
+def listen_for_monitoring(settings: MetricsSettings, given: Listener | None, undo: ExitStack) -> list[Listener]:
+    """The sockets that are wanted, or the one that was ``given`` to us; none if there is to be no monitoring. ``undo``
+    closes them.
 
     Raises:
+        click.UsageError: one is wanted, and another one was given.
         ExportError: they cannot be had.
     """
+    if given is not None:
+        undo.callback(given.close)
+        if settings.listen is not None:
+            raise click.UsageError("metrics are asked for on the socket of socket activation; leave out --metrics")
+        return [given]
     if settings.listen is None:
         return []
     if "/" in settings.listen:

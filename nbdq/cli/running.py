@@ -65,7 +65,7 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
         captive = start.run is not None
         listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
         tls = open_tls(settings.tls, [listener.tls for listener in listeners])
-        monitors = listen_for_monitoring(settings.metrics, undo)
+        monitors = listen_for_monitoring(settings.metrics, one_of_role(caller.sockets, "metrics"), undo)
         return runner.run(
             _serve(
                 settings,
