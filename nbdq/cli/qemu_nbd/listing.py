@@ -1,11 +1,13 @@
 """``-L``: what another server offers, in qemu-nbd's words."""
 
+from ssl import SSLCertVerificationError, SSLError
+
 from nbdq.cli.qemu_nbd.arguments import Arguments
 from nbdq.cli.qemu_nbd.places import port_number
 from nbdq.client.connection import Connection, connect
-from nbdq.client.wire import ExportDetails, OptionFailed
+from nbdq.client.wire import ExportDetails, OptionFailed, option_name
 from nbdq.errors import ExportError, printable
-from nbdq.nbd.constants import TransmissionFlag
+from nbdq.nbd.constants import OptionReply, TransmissionFlag
 from nbdq.nbd.uri import Uri
 
 _TIMEOUT_SECONDS = 30.0
@@ -27,13 +29,54 @@ _FLAGS: dict[int, str] = {
 }
 
 
+_REFUSALS: dict[int, str] = {
+    OptionReply.ERR_UNSUP: "Unsupported option type",
+    OptionReply.ERR_POLICY: "Denied by server for option",
+    OptionReply.ERR_INVALID: "Invalid parameters for option",
+    OptionReply.ERR_PLATFORM: "Server lacks support for option",
+    OptionReply.ERR_TLS_REQD: "TLS negotiation required before option",
+    OptionReply.ERR_SHUTDOWN: "Server shutting down before option",
+}
+#: OpenSSL's numbers for a certificate of another host, mail address or IP address.
+_HOSTNAME_MISMATCH = (62, 63, 64)
+#: And for one whose authority is none of ours.
+_UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
+
+
 def print_exports(arguments: Arguments) -> None:
     """Print every export of the server that the options lead to.
 
     Raises:
-        ExportError, OSError: there is none, or it does not let us in.
+        ExportError, ProtocolError, OSError: there is no server, or it does not let us in.
     """
-    with connect(_uri(arguments), timeout=_TIMEOUT_SECONDS) as connection:
+    uri = _uri(arguments)
+    try:
+        _print_exports(uri)
+    except OptionFailed as error:
+        raise ExportError(_failure(error)) from None
+    except SSLCertVerificationError as error:
+        if error.verify_code in _HOSTNAME_MISMATCH:
+            what = f"Certificate does not match the hostname {printable(uri.query.get('tls-hostname', uri.host))}"
+        elif error.verify_code in _UNKNOWN_ISSUER:
+            what = "The certificate hasn't got a known issuer"
+        else:
+            what = f"The certificate is not trusted: {error.verify_message}"
+        raise ExportError(what) from None
+    except SSLError as error:
+        raise ExportError(f"TLS handshake failed: {error.reason or error}") from None
+    except OSError as error:
+        raise ExportError(f"Failed to connect to '{uri}': {error.strerror or error}") from None
+
+
+def _failure(error: OptionFailed) -> str:
+    """Why an option was refused, in QEMU's words, and on a line of its own in the server's."""
+    what = _REFUSALS.get(error.reply, "Unknown error code when asking for option")
+    text = f"{what} {error.option} ({option_name(error.option).lower().replace('_', ' ')})"
+    return f"{text}\nserver reported: {printable(error.text, 4096)}" if error.text else text
+
+
+def _print_exports(uri: Uri) -> None:
+    with connect(uri, timeout=_TIMEOUT_SECONDS) as connection:
         connection.structured_reply()
         found = connection.list()
         print(f"exports available: {len(found)}")

@@ -11,7 +11,7 @@ from nbdq.errors import ExportError, printable
 _PROPERTIES: dict[str, set[str]] = {
     "secret": {"data", "file", "format", "keyid", "iv"},
     "tls-creds-x509": {"dir", "endpoint", "verify-peer", "priority", "sanity-check"},
-    "tls-creds-psk": {"dir", "endpoint", "username", "priority"},
+    "tls-creds-psk": {"dir", "endpoint", "username", "verify-peer", "priority"},
     "authz-simple": {"identity"},
     "authz-list": {"policy"},
 }
@@ -22,13 +22,9 @@ class Credentials:
     """A ``tls-creds-…`` object."""
 
     directory: str
-    server: bool
-    """Whether they are for a server, not a client."""
     psk: bool
     """Pre-shared keys in ``keys.psk``, not certificates."""
     verify_peer: bool = True
-    user: str = "qemu"
-    """Which of the keys a client uses."""
 
 
 @dataclass
@@ -78,10 +74,8 @@ class Objects:
             raise ExportError(f"{fail}'dir' is missing from object '{printable(name)}'")
         return Credentials(
             directory=values["dir"],
-            server=server,
             psk=kind == "tls-creds-psk",
             verify_peer=boolean("verify-peer", values.get("verify-peer", "on")),
-            user=values.get("username", "qemu"),
         )
 
     def subjects(self, name: str) -> tuple[str, ...]:
