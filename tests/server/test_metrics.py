@@ -286,7 +286,7 @@ def test_the_socket_for_monitoring_is_ours_alone_and_goes_with_the_server(image:
 @pytest.mark.parametrize("place", ["9809", "host", "1.2.3.4:x", "127.0.0.1:65536", ":", "::1:"])
 def test_a_place_that_is_none_is_refused(place: str) -> None:
     with ExitStack() as undo, pytest.raises(ExportError, match="is neither ADDRESS:PORT"):
-        listen_for_monitoring(MetricsSettings(place), undo)
+        listen_for_monitoring(MetricsSettings(place), None, undo)
 
 
 def test_a_place_that_is_taken_is_refused_in_one_line(image: Path) -> None:
