@@ -1,5 +1,6 @@
 """What changes while a server runs when its file has changed, what stays, and that a mistake changes nothing (R-77)."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_sighup_reloads_and_says_why_not(images: list[Path]) -> None:
         server.write(export(images[0]) + "bogus = 1\n[limits]\nhandshake-secnds = 3\n")
         server.hang_up()
         eventually(lambda: "not reloaded" in server.server.stderr, "nothing was said")
-        assert 'export 1 ("' in server.server.stderr and "unknown key 'bogus'" in server.server.stderr
+        assert re.search(r"""export 1 \(".*"\): unknown key 'bogus'""", server.server.stderr)
         assert "did you mean 'handshake-seconds'?" in server.server.stderr
         assert server.names() == ["one", "two"]
 
@@ -81,7 +82,7 @@ def test_nothing_changes_if_one_image_cannot_be_opened(images: list[Path], tmp_p
     with configured(export(one, description="old")) as server:
         server.write(export(two) + export(one, description="new") + export(bad))
         said = server.refusal("x-nbdq-reload")
-        assert 'export 3 ("' in said and "not a QCOW2 image" in said
+        assert re.search(r'export 3 \(".*not a QCOW2 image', said)
         assert server.names() == ["one"]
         assert "description: old" in run("nbdinfo", "--list", server.uri())
         run("qemu-io", "-c", "write 0 4k", two)  # was closed again
