@@ -193,7 +193,7 @@ def test_writes_that_wait_for_the_pool_hold_only_their_share_of_memory(loop: str
 
 
 def test_a_client_that_stops_within_a_payload_is_cut_and_one_that_is_slow_is_not(loop: str) -> None:
-    limits = Limits(reply_stall_seconds=1)
+    limits = Limits(payload_stall_seconds=1)
     disk = WritableDisk(bytes(8 * MIB))
     with LoopServer(Export.writable("", disk), loop=loop, limits=limits) as server:
         stalled, slow = server.connect().go(), server.connect().go()
