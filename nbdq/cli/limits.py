@@ -43,13 +43,19 @@ def limit_options(function: _Function) -> _Function:
                 metavar="SECONDS",
                 help="How long a client may take for its handshake; 0 for no limit.  [default: 10]",
             ),
+            click.option(
+                "--drain-seconds",
+                type=click.FloatRange(min=0),
+                metavar="SECONDS",
+                help="How long clients may take to get their answers when the server stops.  [default: 30]",
+            ),
         )
     ):
         function = option(function)
     return function
 
 
-def limits(limit: tuple[str, ...], handshake_limit: float | None) -> Limits:
+def limits(limit: tuple[str, ...], handshake_limit: float | None, drain_seconds: float | None) -> Limits:
     """The section ``limits``.
 
     Raises:
@@ -58,6 +64,8 @@ def limits(limit: tuple[str, ...], handshake_limit: float | None) -> Limits:
     values = dict(map(_parse, limit))
     if handshake_limit is not None:
         values["handshake_seconds"] = handshake_limit
+    if drain_seconds is not None:
+        values["drain_seconds"] = drain_seconds
     try:
         return Limits(**values)
     except ExportError as error:
