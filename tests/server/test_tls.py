@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -587,35 +588,64 @@ def test_garbage_in_place_of_records_ends_one_connection(loop: str, disk: Memory
         healthy.wait_for_a_round()
 
 
+@contextlib.contextmanager
+def openssl(server: LoopServer, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """OpenSSL's own client, which does at our word what Python's cannot: lines that begin with R ask to renegotiate,
+    with K for new keys. It knows no NBD; so a relay negotiates TLS for it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, Client(server.address) as far:
+        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{listener.getsockname()[1]}", *words]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as tool, listener.accept()[0] as near:
+            far.hello()
+            far.socket.sendall(FLAGS)
+            assert answer(far, STARTTLS) == ACK
+            relay = threading.Thread(target=_relay, args=(near, far.socket))
+            relay.start()
+            try:
+                yield tool
+            finally:
+                tool.kill()
+                relay.join(PATIENCE)
+
+
+def _relay(near: socket.socket, far: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            for source in select.select([near, far], [], [])[0]:
+                data = source.recv(1 << 16)
+                (far if source is near else near).sendall(data)
+                if not data:
+                    near.shutdown(socket.SHUT_RDWR)
+                    return
+
+
+@requires("openssl")
 def test_a_client_that_asks_to_renegotiate_gets_nowhere(disk: MemoryDisk, tls: Tls) -> None:
-    """R-16. Python's TLS cannot ask for it, the tool of OpenSSL can: with a line that begins with R."""
-    with serving(disk, tls, tcp=True) as server:
-        host, port = server.address
-        relay = socket.create_server(("127.0.0.1", 0))
-        command = ["openssl", "s_client", "-connect", f"127.0.0.1:{relay.getsockname()[1]}", "-tls1_2"]
-        tool = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """R-16; only TLS 1.2 has it."""
+    with serving(disk, tls, tcp=True) as server, openssl(server, "-tls1_2") as tool:
+        said = tool.communicate(b"R\n", PATIENCE)[1]
+    assert b"RENEGOTIATING" in said
+    assert b"no renegotiation" in said
+
+
+@requires("openssl")
+def test_a_client_may_ask_for_new_keys_in_the_middle(loop: str, disk: MemoryDisk, tls: Tls) -> None:
+    with serving(disk, tls, tcp=True, loop=loop) as server, openssl(server, "-tls1_3") as tool:
         assert tool.stdin is not None
+        assert tool.stdout is not None
         assert tool.stderr is not None
-        near, _ = relay.accept()
-        far = connect((host, int(port)))
-        with near, far, relay, tool:
-            assert far.recv(18, socket.MSG_WAITALL)
-            far.sendall(FLAGS + option(STARTTLS))
-            assert far.recv(20, socket.MSG_WAITALL)[16:] == bytes(4)
-            tool.stdin.write(b"R\n")
+        for number in range(20):
+            tool.stdin.write(b"K\n")
             tool.stdin.flush()
-            is_open = True
-            while is_open:
-                ready = select.select([near, far], [], [], PATIENCE)[0]
-                assert ready, "neither side ends it"
-                for source in ready:
-                    data = source.recv(1 << 16)
-                    is_open = is_open and bool(data)
-                    (far if source is near else near).sendall(data)
-            near.close()
-            said = tool.stderr.read().decode()
-        assert "RENEGOTIATING" in said
-        assert "no renegotiation" in said
+            while (line := tool.stderr.readline()) != b"KEYUPDATE\n":  # so that nothing else is read together with it
+                assert line, "the connection is gone"
+            if number % 5 == 4:
+                tool.stdin.write(option(LIST))
+                tool.stdin.flush()
+                said = b""
+                while text("disk") not in said:
+                    said += (byte := tool.stdout.read(1))
+                    assert byte, "the connection is gone"
 
 
 # The operator's side.
