@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("nbdq.locks", "nbdq.block", "nbdq.storage", "nbdq.errors"),
         *("nbdq.client", "nbdq.probe", "nbdq.nbd.uri"),
         "nbdq.nbd.constants",  # the number of the port; only the server and the client speak NBD
+        "nbdq.nbd.handshake",  # whether a listener has TLS on offer
     },
     "nbdq.admin": {
         *("nbdq", "nbdq.server", "nbdq.ops", "nbdq.chain", "nbdq.qcow2"),
@@ -119,7 +120,7 @@ RESERVED: dict[str, set[str]] = {
     "pathlib": {"nbdq.cli"},
     "shutil": {"nbdq.cli.captive"},
     "subprocess": set(),
-    "tempfile": {"nbdq.cli.captive"},
+    "tempfile": {"nbdq.cli.captive", "nbdq.cli.qemu_nbd.disk"},
     "pickle": set(),
     # The wire protocol is a pure function of bytes.
     "threading": {"nbdq.pool", "nbdq.chain", "nbdq.qcow2", "nbdq.storage", "nbdq.ops", *SHELL},
