@@ -3,6 +3,7 @@ connect, or has seen on its stderr why they cannot."""
 
 import os
 import signal
+import stat
 import sys
 
 
@@ -26,11 +27,12 @@ class Background:
         os.setsid()
 
     def let_go(self) -> None:
-        """Clients can connect: leave the terminal, or the pipes, of whoever started us, and let it go on."""
+        """Clients can connect: leave the terminal, or the pipes, of whoever started us, and let it go on. A log that goes
+        to a file stays, for nobody waits for the end of that."""
         sys.stdout.flush()
         sys.stderr.flush()
         nothing = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
+        for descriptor in (0, 1) if stat.S_ISREG(os.fstat(2).st_mode) else (0, 1, 2):
             os.dup2(nothing, descriptor)
         os.close(nothing)
         os.write(self._ready, b"\n")

@@ -152,6 +152,18 @@ def test_the_background_is_there_when_the_caller_goes_on(image: Path, directory:
     assert [left.name for left in directory.iterdir()] == ["disk"]
 
 
+def test_the_log_of_the_background_stays_where_it_is_a_file(image: Path, directory: Path) -> None:
+    with (directory / "log").open("wb") as log:
+        command = [*SERVE, "-v", "-f", "raw", "-k", "socket", "--pid-file", "pid", "--fork", str(image)]
+        subprocess.run(command, stdout=subprocess.PIPE, stderr=log, cwd=directory, check=True, timeout=PATIENCE)
+    process = int((directory / "pid").read_text())
+    with Client(str(directory / "socket")) as client:
+        client.go()
+    os.kill(process, signal.SIGTERM)
+    wait_for(lambda: not is_running(process), "the end of the server")
+    assert "client closed the connection" in (directory / "log").read_text()
+
+
 def test_whoever_asked_for_the_background_sees_why_it_could_not_be(directory: Path) -> None:
     done = run("-k", directory / "socket", "--pid-file", directory / "pid", "--fork", directory / "nothing")
     assert done.returncode == 1
