@@ -273,7 +273,6 @@ class Disks:
             if name not in target or target[name][1] is not None:
                 del disk.shown[name]
                 self._ours.discard(export)
-                disk.volume.derive(name, None)
                 disk.volume.delete(export)
         if not disk.shown and not target:
             self._retire(disk)
@@ -293,15 +292,13 @@ class Disks:
         self._ours.add(export)
         wish = wish_of(settings, id=export.id)
         volume.derive(name, Derivation(wish, snapshots=settings.snapshots, layers=settings.layers))
+        volume.policy_changed(export)  # an administrator may have changed it
 
     # Closing what is wanted no more.
 
     def _retire(self, disk: _Disk) -> None:
         volume = disk.volume
         volume.on_idle = lambda: self._close_soon(disk)
-        for export in volume.exports:
-            if export.is_derived:
-                volume.delete(export)
         if not volume.exports:
             self._close_soon(disk)
         else:

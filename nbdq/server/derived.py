@@ -33,6 +33,16 @@ class Derivation:
     layers: bool = False
 
 
+@dataclass(frozen=True)
+class Derived:
+    """An export to come along."""
+
+    wish: Wish
+    size: int
+    parent: str
+    """Name of the export that it comes along with."""
+
+
 class LazyView:
     """A read-only :class:`~nbdq.block.BlockDevice` that shows a view of a chain, and opens it when that is read."""
 
@@ -78,26 +88,27 @@ class LazyView:
         """The files are the chain's."""
 
 
-def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[tuple[Wish, int]]:
-    """What is to be offered now, and the size of each. Reads the table of snapshots, and opens nothing.
+def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[Derived]:
+    """What is to be offered now. Reads the table of snapshots, and opens nothing.
 
     A table that cannot be read has nothing to offer, and the log says so. Of snapshots with the same name, as QEMU
     permits, the first counts (Q61); one without a name goes by its id.
     """
     wish, layers = derivation.wish, chain.layers
     common = replace(wish, writable=False, bitmaps=())
-    found: dict[str, tuple[Wish, int]] = {}
+    found: dict[str, Derived] = {}
     if derivation.snapshots:
         for snapshot in _snapshots(layers[0]):
             name = f"{wish.name}@{snapshot.name or snapshot.id}"
             view, text = View(layers[0].path, _selector(snapshot)), f"internal snapshot {snapshot.id}"
             size = _size_of(layers[0]) if snapshot.disk_size is None else snapshot.disk_size // 512 * 512
-            found.setdefault(name, (replace(common, id=name, name=name, description=text, view=view), size))
+            derived = replace(common, id=name, name=name, description=text, view=view)
+            found.setdefault(name, Derived(derived, size, wish.name))
     if derivation.layers:
         for depth, layer in enumerate(layers[1:], 1):
             name, view = f"{wish.name}#{depth}", View(layer.path)
-            text = f"layer {depth}"
-            found[name] = replace(common, id=name, name=name, description=text, view=view), _size_of(layer)
+            derived = replace(common, id=name, name=name, description=f"layer {depth}", view=view)
+            found[name] = Derived(derived, _size_of(layer), wish.name)
     return list(found.values())
 
 

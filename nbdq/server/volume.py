@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nbdq.block import BlockDevice
 from nbdq.chain.bitmaps import find_bitmaps, live_bitmap
@@ -20,7 +21,7 @@ from nbdq.chain.views import View, open_view
 from nbdq.errors import ExportError, NbdqError, OperationError, printable
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
-from nbdq.server.derived import Derivation, LazyView, derived_wishes
+from nbdq.server.derived import Derivation, Derived, LazyView, derived_wishes
 from nbdq.server.export import Export, Exports
 from nbdq.server.gate import Gate
 from nbdq.server.private_contexts import ShownLayer
@@ -39,6 +40,8 @@ class Shown:
     export: Export
     view: View
     bitmaps: dict[str, DirtyBitmap] = field(default_factory=dict)
+    parent: str | None = None
+    """Name of the export that it came along with, if it did."""
 
 
 class Volume:
@@ -204,9 +207,9 @@ class Volume:
         self._shown[export.id] = shown
         return export
 
-    def make(self, wish: Wish, *, lazy_size: int | None = None) -> Shown:
-        """An export that nobody sees yet, for :meth:`offer`. Any thread. A derived one has a ``lazy_size``, and opens
-        what it shows when that is read.
+    def make(self, wish: Wish, *, derived: Derived | None = None) -> Shown:
+        """An export that nobody sees yet, for :meth:`offer`. Any thread. What is ``derived`` opens what it shows when
+        that is read.
 
         Raises:
             ExportError, OperationError, ImageError, OSError: as :meth:`add`, but for what is taken.
@@ -214,7 +217,7 @@ class Volume:
         view = wish.view
         if view.snapshot is not None and view.layer is None:
             view = View(self.chain.path, view.snapshot)  # where it is; there may be another top soon
-        device = self._open(view, lazy_size=lazy_size)
+        device = self._open(view, lazy_size=derived.size if derived else None)
         bitmaps: dict[str, DirtyBitmap] = {**find_bitmaps(device, wish.bitmaps, on_event=self.chain.on_event)}
         export = Export.make(
             wish.name,
@@ -232,9 +235,9 @@ class Volume:
             discard=wish.discard,
             detect_zeroes=wish.detect_zeroes,
         )
-        export.is_derived = lazy_size is not None
+        export.is_derived = derived is not None
         export.on_gone = lambda: self._forget(export)
-        return Shown(export, view, bitmaps)
+        return Shown(export, view, bitmaps, derived.parent if derived else None)
 
     def _open(self, view: View, *, lazy_size: int | None) -> BlockDevice:
         if lazy_size is not None:
@@ -253,11 +256,14 @@ class Volume:
         ]
 
     def delete(self, export: Export, *, hard: bool = False) -> None:
-        """Let no new client in; the export is gone when the last one has left. ``hard``: have them leave, as soon as
-        what they have sent is answered; who takes too long is cut."""
+        """Let no new client in, here and where it came along; the export is gone when the last one has left. ``hard``:
+        have them leave, as soon as what they have sent is answered; who takes too long is cut."""
         self._directory.delete(export)
         if hard:
             export.cut()
+        if not export.is_derived and self._derivations.pop(export.info.name, None) is not None:
+            for shown in [shown for shown in self._shown.values() if shown.parent == export.info.name]:
+                self.delete(shown.export, hard=hard)
 
     def _forget(self, export: Export) -> None:
         del self._shown[export.id]
@@ -272,6 +278,21 @@ class Volume:
         self._derivations.pop(name, None)
         if derivation is not None and (derivation.snapshots or derivation.layers):
             self._derivations[name] = derivation
+
+    def policy_changed(self, export: Export) -> None:
+        """What came along with ``export`` obeys the same policy from now on."""
+        derivation = self._derivations.get(export.info.name)
+        if derivation is None:
+            return
+        policy: dict[str, Any] = {
+            "access": export.access,
+            "rates": export.rates,
+            "maximum_connections": export.maximum_connections,
+        }
+        self._derivations[export.info.name] = replace(derivation, wish=replace(derivation.wish, **policy))
+        for shown in self._shown.values():
+            if shown.parent == export.info.name:
+                shown.export.obey(**policy)
 
     def derive_now(self) -> None:
         """Offer what the derivations say, before the server runs."""
@@ -291,22 +312,25 @@ class Volume:
                 if not self.is_restructured():
                     self._offer_derived(wanted)
 
-    def _derived_wishes(self) -> list[tuple[Wish, int]]:
+    def _derived_wishes(self) -> list[Derived]:
         return [found for each in self._derivations.values() for found in derived_wishes(self.chain, each)]
 
-    def _offer_derived(self, wanted: Sequence[tuple[Wish, int]]) -> None:
-        kept = {wish.name: (wish.view, size) for wish, size in wanted}
+    def _offer_derived(self, wanted: Sequence[Derived]) -> None:
+        kept = {each.wish.name: (each.wish.view, each.size, each.parent) for each in wanted}
         for shown in [shown for shown in self._shown.values() if shown.export.is_derived]:
             export = shown.export
-            if kept.get(export.info.name) != (shown.view, export.info.size):
+            if kept.get(export.info.name) != (shown.view, export.info.size, shown.parent):
                 self.delete(export)
             elif not export.clients:
                 self._show(shown)  # what was opened may not be what is there now
-        for wish, size in wanted:
+        for each in wanted:
+            wish = each.wish
+            if each.parent not in self._derivations:
+                continue  # taken back while this was found out
             there = self._directory.by_name.get(wish.name)
             if there is None:
                 try:
-                    self.offer(self.make(replace(wish, id=self._directory.free_id(wish.id)), lazy_size=size))
+                    self.offer(self.make(replace(wish, id=self._directory.free_id(wish.id)), derived=each))
                 except ExportError as error:
                     _log.info("not offered: %s", error)
             elif there.is_derived:

@@ -134,6 +134,24 @@ def test_the_policy_of_the_disk_applies(paths: list[Path]) -> None:
             run("nbdinfo", "--size", server.uri("vm#2"))
 
 
+def test_administrators_may_ask_for_them_change_their_policy_and_take_them_back(paths: list[Path]) -> None:
+    with configured(body(paths[0], snapshots="false", layers="false")) as server:
+        words = {"type": "nbd", "id": "x", "node_name": "vm", "name": "x"}
+        server("block-export-add", **words, x_nbdq_snapshots=True, x_nbdq_layers=True)
+        eventually(lambda: len(server.names()) == 6, "they are not offered")
+        assert server.names()[2:] == ["x@monday", "x@tues,day=1", "x#1", "x#2"]
+        server("x-nbdq-export-set", id="x", access={"users": ["nobody"]})
+        assert server.names() == ["vm"]
+        server("x-nbdq-export-set", id="x", access={})
+        with connect(server, "x#1") as client:
+            server("block-export-del", id="x")
+            assert server.names() == ["vm"]
+            assert client.read(1 << 20, 512) == b"\2" * 512
+        eventually(lambda: len(server("query-block-exports")) == 1, "an export is left")
+        said = server.refusal("block-export-add", **words, x_nbdq_snapshot="monday", x_nbdq_layers=True)
+        assert "come along with exports of disks only" in said
+
+
 def test_an_exact_name_wins(paths: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", other, "1M")

@@ -10,6 +10,7 @@ from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.chain.views import View
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.server.access import Access
+from nbdq.server.derived import Derivation
 from nbdq.server.export import Export
 from nbdq.server.rate import Rates
 from nbdq.server.volume import Volume
@@ -94,6 +95,10 @@ class ExportAdd:
     x_nbdq_rates: RatesRequest = field(default_factory=RatesRequest)
     x_nbdq_discard: Literal["unmap", "ignore"] = "unmap"
     x_nbdq_detect_zeroes: Literal["off", "on", "unmap"] = "off"
+    x_nbdq_snapshots: bool = False
+    """Offer the internal snapshots of the disk, too, as NAME@SNAPSHOT."""
+    x_nbdq_layers: bool = False
+    """Offer the layers of the disk, too, as NAME#1, NAME#2, …"""
 
 
 @command("block-export-add", ExportAdd)
@@ -127,7 +132,12 @@ async def add(context: Context, arguments: ExportAdd) -> Reply:
     )
     if view == View():
         await volume.add(wish)
+        derivation = Derivation(wish, snapshots=arguments.x_nbdq_snapshots, layers=arguments.x_nbdq_layers)
+        volume.derive(wish.name, derivation)
+        volume.derive_soon()
         return None
+    if arguments.x_nbdq_snapshots or arguments.x_nbdq_layers:
+        raise OperationError("snapshots and layers come along with exports of disks only")
     index = 0 if view.layer is None else volume.chain.index_of(view.layer)
     layers = frozenset(layer.path for layer in volume.chain.layers[index:])
     with context.jobs.exclusive(volume, "an export that begins", layers, shared=True):
@@ -241,6 +251,7 @@ async def change(context: Context, arguments: ExportSet) -> Reply:
     if arguments.description is not None:
         export.describe(arguments.description)
     export.obey(access=access, rates=rates, maximum_connections=export.maximum_connections if limit is None else limit)
+    _volume_of(context, export).policy_changed(export)
     if writing is not None:
         writing.set(discard=discards, detect_zeroes=DetectZeroes(detect))
         if arguments.read_only is not None:

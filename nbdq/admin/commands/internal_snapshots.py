@@ -120,8 +120,7 @@ async def delete(context: Context, arguments: OneSnapshot) -> Reply:
         async with volume.steady():
             snapshots = await _snapshots(volume)
             chosen = _choose(snapshots, arguments)
-            volume.withdraw_derived({volume.chain.path})
-            _refuse_if_exported(volume, snapshots, chosen)
+            _withdraw(volume, snapshots, chosen)
             await in_thread(delete_snapshot, device.top, chosen)
     return _described(chosen)
 
@@ -186,13 +185,22 @@ def _choose(snapshots: Sequence[Snapshot], wanted: OneSnapshot) -> Snapshot:
     return found[0]
 
 
-def _refuse_if_exported(volume: Volume, snapshots: Sequence[Snapshot], snapshot: Snapshot) -> None:
+def _withdraw(volume: Volume, snapshots: Sequence[Snapshot], snapshot: Snapshot) -> None:
+    """Let nobody in to exports of ``snapshot`` that came along with others.
+
+    Raises:
+        OperationError: somebody uses one, or an administrator has made one.
+    """
     for export in volume.exports:
         view = volume.view_of(export)
         with suppress(ExportError, NotFound):
             if view.snapshot is None or (view.layer is not None and volume.chain.index_of(view.layer) > 0):
                 continue
-            if find_snapshot(snapshots, view.snapshot) == snapshot:
+            if find_snapshot(snapshots, view.snapshot) != snapshot:
+                continue
+            if export.is_derived and not export.clients:
+                volume.delete(export)
+            else:
                 raise OperationError(
                     f"Snapshot '{printable(snapshot.id)}' is shown by export '{printable(export.info.name)}'; "
                     "delete that first"
