@@ -30,6 +30,10 @@ _STRETCH_BITS = 16
 _Job = tuple[RawRequest, memoryview | None, float]
 
 
+#: :meth:`~nbdq.block.BlockDevice.gather_cached`.
+_Gather = Callable[[int, int], list[Piece] | None]
+
+
 class Pending:
     """What one session has waiting. Loop thread only, but for :meth:`_work`."""
 
@@ -92,6 +96,21 @@ class Pending:
             return False
         self._answered += length
         return True
+
+    def gather(self, gather_cached: _Gather, offset: int, length: int) -> list[Piece] | None:
+        """What ``gather_cached`` gives without waiting, in memory that is reserved for as long as it is in the output.
+
+        None: nothing is reserved. The pool will reserve for its own reply, and with both that might never be possible.
+        """
+        if not self._reserve(length):
+            return None
+        pieces = gather_cached(offset, length)
+        if pieces is not None:
+            self._answered += length
+        else:
+            self._reserved -= length
+            self._resources.budget.give(length)
+        return pieces
 
     def output_is_empty(self) -> None:
         """All replies that were taken have left."""

@@ -338,7 +338,7 @@ class Session:
                     if data > ARENA_SIZE:
                         break
                     # What may change is copied into memory, of which the reply is the only owner.
-                    pieces = gather_cached(offset, length) if fixed or pending.reserve_reply(length) else None
+                    pieces = gather_cached(offset, length) if fixed else pending.gather(gather_cached, offset, length)
                     if pieces is not None:
                         pack_header(arena, position, cookie, offset, length)
                         output.append(view[queued:data])

@@ -20,7 +20,7 @@ from tests.server.client import (
     reset,
 )
 from tests.server.conftest import CONTENT
-from tests.server.harness import FragmentedDisk, LoopServer, MemoryDisk, ZeroDisk, resident_bytes
+from tests.server.harness import FragmentedDisk, LoopServer, MemoryDisk, WritableDisk, ZeroDisk, resident_bytes
 
 GREEDY = "greedy"
 HEALTHY = Export.read_only("", MemoryDisk(CONTENT))
@@ -123,6 +123,15 @@ def test_requests_for_more_than_the_whole_budget_run_alone_and_one_after_the_oth
         with ThreadPoolExecutor(len(clients)) as threads:
             for replies in threads.map(Client.replies, clients):
                 assert all(reply.data == bytes(8 << 20) for reply in replies.values())
+
+
+def test_a_large_read_that_only_the_pool_can_answer_does_not_wait_for_itself(loop: str) -> None:
+    """On a writable disk memory is reserved before it is known who answers; it must not count twice."""
+    limits = Limits(process_bytes=1 << 20, connection_bytes=1 << 20)
+    with LoopServer(Export.writable("", WritableDisk(CONTENT, cached=False)), loop=loop, limits=limits) as server:
+        client = server.connect().go()
+        for length in (64 << 10, 600 << 10, 1 << 20, len(CONTENT)):
+            assert client.read(0, length) == CONTENT[:length]
 
 
 def test_one_batch_of_large_reads_is_not_looked_up_before_any_of_it_is_sent(loop: str) -> None:
