@@ -19,7 +19,7 @@ from nbdq.server.peer import Peer
 from nbdq.server.peer_log import PeerLog
 from nbdq.server.resources import Resources
 from nbdq.server.session import Session
-from nbdq.server.stream import SecureStream, TlsFailed
+from nbdq.server.stream import SecureStream, broken
 from nbdq.server.tls import Tls
 
 _log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Connection:
                 self._send([])
             return True
         except OSError as error:
-            self._close(_broken(error))
+            self._close(broken(error))
             return True
         if not data:
             self._close(Ending(Cause.CLOSED, "client left during the handshake"))
@@ -148,7 +148,7 @@ class Connection:
         try:
             drained = self._output.flush()
         except OSError as error:
-            self._close(_broken(error))
+            self._close(broken(error))
             return
         if not drained:  # a client that does not read its replies is not read either
             loop.remove_reader(descriptor)
@@ -282,7 +282,3 @@ class Connection:
         fields |= {"requests": done.requests, "read": read, "written": written}
         text = "export %r for %.1f s: %d requests, %d bytes read, %d written: %s"
         self._log.info(text, self._log.export, seconds, done.requests, read, written, ending.text, fields=fields)
-
-
-def _broken(error: OSError) -> Ending:
-    return Ending(Cause.TLS if isinstance(error, TlsFailed) else Cause.BROKEN, str(error))

@@ -33,7 +33,7 @@ from nbdq.server.peer_log import PeerLog
 from nbdq.server.pending import Pending
 from nbdq.server.perform import COMMAND_MASK, Performer
 from nbdq.server.resources import Resources
-from nbdq.server.stream import SecureStream
+from nbdq.server.stream import SecureStream, broken
 from nbdq.server.threads import in_thread
 from nbdq.server.watch import Watch
 
@@ -220,7 +220,7 @@ class Session:
                 self._memory.watch()
                 break
             except OSError as error:
-                self._end(Ending(Cause.BROKEN, str(error)))
+                self._end(broken(error))
                 return
             received += count
             if count:
@@ -254,7 +254,7 @@ class Session:
         try:
             drained = self._output.flush()
         except OSError as error:
-            self._end(Ending(Cause.READ_FAILED if error.errno in _FILE_ERRORS else Cause.BROKEN, str(error)))
+            self._end(Ending(Cause.READ_FAILED, str(error)) if error.errno in _FILE_ERRORS else broken(error))
             return
         if drained:
             if self._arena is not None:

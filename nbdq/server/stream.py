@@ -5,14 +5,16 @@ of the ``ssl`` module that costs one more copy, which large transfers do not sho
 came together arrive with one call, although clients give each of them a record of its own (2.2 µs for one, not 4.3),
 and replies leave in pieces larger than a record. And what TLS has to send does not depend on what the socket takes.
 
-Owns the socket. Knows no NBD. Loop thread only.
+Owns the socket. Knows NBD no further than how its connections end. Loop thread only.
 """
 
+import errno
 import socket
 import ssl
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
+from nbdq.nbd.ending import Cause, Ending
 from nbdq.server.identity import identity_of
 from nbdq.server.peer import Identity
 from nbdq.server.psk import PresharedKeys
@@ -30,6 +32,17 @@ _UNASKED_SIZE = 16 << 10
 
 class TlsFailed(OSError):
     """TLS could not be begun, or broke down. The text is for the log; the client was told by TLS itself."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.EPROTO, text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def broken(error: OSError) -> Ending:
+    """How a connection ends that failed with ``error``."""
+    return Ending(Cause.TLS if isinstance(error, TlsFailed) else Cause.BROKEN, str(error))
 
 
 class SecureStream:
