@@ -27,8 +27,8 @@ class Background:
         os.setsid()
 
     def let_go(self) -> None:
-        """Clients can connect: leave the terminal, or the pipes, of whoever started us, and let it go on. A log that goes
-        to a file stays, for nobody waits for the end of that."""
+        """Clients can connect: leave the terminal, or the pipes, of whoever started us, and let it go on. A log that
+        goes to a file stays, for nobody waits for the end of that."""
         sys.stdout.flush()
         sys.stderr.flush()
         nothing = os.open(os.devnull, os.O_RDWR)
