@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from getopt import GetoptError, gnu_getopt
 
-from nbdq.cli.qemu_nbd.objects import Objects
+from nbdq.cli.qemu_nbd.objects import Credentials, Objects
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import MAXIMUM_STRING
 
@@ -105,6 +105,10 @@ class Arguments:
     tls_creds: str | None = None
     tls_hostname: str | None = None
     tls_authz: str | None = None
+    credentials: Credentials | None = None
+    """What ``tls_creds`` names."""
+    subjects: tuple[str, ...] = ()
+    """Whom ``tls_authz`` lets in; empty without it."""
     # The process.
     fork: bool = False
     pid_file: str | None = None
@@ -191,10 +195,14 @@ def _check_tls(arguments: Arguments) -> None:
             raise ExportError("--tls-authz is not permitted without --tls-creds")
         if arguments.tls_hostname is not None:
             raise ExportError("--tls-hostname is not permitted without --tls-creds")
-    elif arguments.lists and arguments.tls_authz is not None:
+        return
+    if arguments.lists and arguments.tls_authz is not None:
         raise ExportError("TLS authorization is incompatible with export list")
-    elif not arguments.lists and arguments.tls_hostname is not None:
+    if not arguments.lists and arguments.tls_hostname is not None:
         raise ExportError("TLS hostname is only supported with export list")
+    arguments.credentials = arguments.objects.credentials(arguments.tls_creds, server=not arguments.lists)
+    if arguments.tls_authz is not None:
+        arguments.subjects = arguments.objects.subjects(arguments.tls_authz)
 
 
 # One function for each option that does more than to note its value.

@@ -113,8 +113,8 @@ def _print_details(connection: Connection, name: str) -> None:
 
 def _uri(arguments: Arguments) -> Uri:
     query: dict[str, str] = {}
-    if arguments.tls_creds is not None:
-        credentials = arguments.objects.credentials(arguments.tls_creds, server=False)
+    credentials = arguments.credentials
+    if credentials is not None:
         if credentials.psk:
             raise ExportError("Failed to get TLS creds: -L knows certificates only, no pre-shared keys")
         query["tls-certificates"] = credentials.directory
@@ -124,7 +124,7 @@ def _uri(arguments: Arguments) -> Uri:
             raise ExportError("No hostname for certificate validation")
         if hostname is not None:
             query["tls-hostname"] = hostname
-    secure = arguments.tls_creds is not None
+    secure = credentials is not None
     if arguments.socket is not None:
         return Uri(secure=secure, socket_path=arguments.socket, query=query)
     host = arguments.address or "0.0.0.0"

@@ -89,8 +89,8 @@ class Objects:
         kind, values = self.by_id[name]
         if kind == "authz-simple" and "identity" in values:
             return (escape(values["identity"]),)
-        if kind == "authz-list":
-            return _allowed(name, values)
+        if kind == "authz-list" and (allowed := _allowed(name, values)):
+            return allowed
         raise ExportError(f"Object '{printable(name)}' is not an authorization list")
 
 

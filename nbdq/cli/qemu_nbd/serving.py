@@ -66,9 +66,9 @@ def serve(arguments: Arguments, listeners: list[Listener], background: Backgroun
 
 
 def _open_tls(arguments: Arguments) -> Tls | None:
-    if arguments.tls_creds is None:
+    credentials = arguments.credentials
+    if credentials is None:
         return None
-    credentials = arguments.objects.credentials(arguments.tls_creds, server=True)
     if credentials.psk:
         return Tls(TlsSettings(psk_file=os.path.join(credentials.directory, "keys.psk")))
     return Tls(TlsSettings(certificates=credentials.directory, verify_peer=credentials.verify_peer))
@@ -93,7 +93,7 @@ def _export(arguments: Arguments, image: Image, chain: LiveChain, device: BlockD
         export.info = replace(export.info, minimum_block=512)
         sys.stderr.write(GUESSED_RAW.format(printable(image.path, 1024)))
     if arguments.tls_authz is not None:
-        export.access = Access(subjects=arguments.objects.subjects(arguments.tls_authz))
+        export.access = Access(subjects=arguments.subjects)
     return export
 
 
