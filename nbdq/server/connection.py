@@ -123,6 +123,8 @@ class Connection:
         except (BlockingIOError, InterruptedError):
             if self._handshake.starting_tls:  # TLS may have more to say than the socket took
                 self._send([])
+            if self._may_go_on:
+                self._resources.loop.call_soon(self._go_on)
             return True
         except OSError as error:
             self._close(broken(error))
@@ -166,8 +168,7 @@ class Connection:
         loop.remove_writer(descriptor)
         loop.add_reader(descriptor, self._on_readable)
         self._send([])
-        if self._may_go_on:
-            self._on_readable()
+        self._go_on()
 
     # TLS. What comes behind STARTTLS before that was answered may be somebody else's, who wants it to be taken for the
     # client's: nothing of it is kept (P62, R-14).
@@ -193,6 +194,10 @@ class Connection:
         identity = self._peer.identity
         who = "nobody" if identity is None else identity.subject or ", ".join(identity.names)
         self._log.debug("%s, the client proved to be %s", self._socket.describe(), printable(who))
+
+    def _go_on(self) -> None:
+        if self._may_go_on and not self._closed:
+            self._on_readable()
 
     @property
     def _may_go_on(self) -> bool:

@@ -26,6 +26,9 @@ _RECEIVE_SIZE = 64 << 10
 _SEND_SIZE = 64 << 10
 #: Bytes that are encrypted in one turn of the loop: a third of a millisecond.
 _TURN_SIZE = 1 << 20
+#: How often a receive that comes to nothing looks for more before others have their turn: TLS has messages of its own,
+#: with which a client could keep us busy.
+_FETCHES_PER_TURN = 4
 #: Bytes that TLS may have to say by itself to a client that does not read; beyond, the client plays with us.
 _UNASKED_SIZE = 16 << 10
 
@@ -108,11 +111,11 @@ class SecureStream:
         the handshake has succeeded this goes on with it.
 
         Raises:
-            BlockingIOError: nothing for now.
+            BlockingIOError: nothing for now; if :attr:`has_more`, others should have their turn and then we again.
             TlsFailed, OSError: the connection is broken.
         """
         view = memoryview(buffer)
-        while True:
+        for _ in range(_FETCHES_PER_TURN):
             count = self._decrypt(view) if self.is_established or self._shake_hands() else None
             if self._outgoing.pending:
                 self._send_unasked()
@@ -120,6 +123,8 @@ class SecureStream:
                 return count
             if not self._fetch():
                 return 0
+        self.has_more = True
+        raise BlockingIOError
 
     def _fetch(self) -> bool:
         arena = self._resources.borrow_arena()

@@ -1,6 +1,7 @@
 """TLS on raw sockets: what is said in the clear, the switch, what may happen under TLS, and how it ends (P60-P67)."""
 
 import contextlib
+import logging
 import random
 import select
 import socket
@@ -404,6 +405,7 @@ def test_a_name_with_special_characters_cannot_look_like_another(
             assert answer(client, GO, GO_DISK) == verdict
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_old_versions_of_tls_are_refused(disk: MemoryDisk, tls: Tls, pki: Pki) -> None:
     context = trusting(pki.server)
     context.minimum_version = ssl.TLSVersion.TLSv1
@@ -572,7 +574,10 @@ def test_requests_before_a_half_close_are_answered(loop: str, disk: MemoryDisk, 
             assert reply.data == CONTENT[: 1 << 20]
 
 
-def test_garbage_in_place_of_records_ends_one_connection(loop: str, disk: MemoryDisk, tls: Tls, pki: Pki) -> None:
+def test_garbage_in_place_of_records_ends_one_connection(
+    loop: str, disk: MemoryDisk, tls: Tls, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nbdq")
     with serving(disk, tls, loop=loop) as server, HealthyTlsClient(server, pki) as healthy:
         for seed in range(30):
             with TlsClient(server, trusting(pki.server)) as client:
@@ -586,6 +591,8 @@ def test_garbage_in_place_of_records_ends_one_connection(loop: str, disk: Memory
                     while raw.recv(1000):
                         pass
         healthy.wait_for_a_round()
+    reasons = [record.fields for record in caplog.records if "TLS: " in record.message]  # type: ignore[attr-defined]
+    assert [fields["cause"] for fields in reasons] == ["tls"] * 30
 
 
 @contextlib.contextmanager
