@@ -2,7 +2,8 @@
 
 Who uses exports is limited in number, and who is one too many is told so, in the answer to an option. That takes a
 handshake, so these are limited apart: at that limit nobody is accepted, and if somebody waits, the oldest handshake of
-whoever has most has to go once it is a second old. Honest ones take milliseconds; who only fills the place makes room.
+whoever has most has to go once it is a second old, or a tenth of that if he has more than half of the places. Honest
+ones take milliseconds; who only fills the place makes room.
 """
 
 from collections import Counter
@@ -18,6 +19,8 @@ from nbdq.server.peer import Peer
 
 #: A client's host, or the network of a host that has one to itself, or its user.
 Source = tuple[str, int]
+#: Part of its time in a crowd that a handshake has whose source fills more than half of the places.
+_HASTE = 0.1
 
 
 class Member(Protocol):
@@ -91,7 +94,10 @@ class Census:
         counts = Counter(sources.values())
         most = max(counts.values())
         member = next(member for member, source in sources.items() if counts[source] == most)
-        return member, self._negotiating[member] + self.limits.crowded_handshake_seconds
+        patience = self.limits.crowded_handshake_seconds
+        if most > self.limits.pending_handshakes // 2:
+            patience *= _HASTE
+        return member, self._negotiating[member] + patience
 
     # Those who want to use exports.
 

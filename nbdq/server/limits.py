@@ -39,7 +39,7 @@ class Limits:
     handshake_seconds: float = _limit(10.0, "from accept to the end of the handshake, TLS included, whatever comes")
     pending_handshakes: int = _limit(64, "clients that negotiate at once; more wait to be accepted", least=1)
     crowded_handshake_seconds: float = _limit(
-        1.0, "at that limit, while somebody waits: the oldest handshake of whoever has most is dropped at this age"
+        1.0, "at that limit, the age at which the oldest one of whoever has most is dropped for somebody who waits"
     )
     connections: int = _limit(1024, "clients that use exports, all together; more are told so", least=1)
     export_connections: int = _limit(128, "clients of one export, unless it has a number of its own; more are told so")

@@ -62,10 +62,11 @@ class PayloadMemory:
             self._arena = None
             self._transmission.provide(np.empty(length, dtype=np.uint8).data)  # clearing it would take a third more
         self._count += 1
+        self.watch()
         return True
 
     def watch(self) -> None:
-        """Nothing more has come for now: let a payload that stays unfinished not hold its memory for ever."""
+        """Let a payload that stays unfinished not hold its memory for ever."""
         seconds = self._resources.limits.payload_stall_seconds
         missing = self._transmission.missing
         if missing and self._stall is None and seconds:

@@ -97,6 +97,8 @@ def test_whoever_has_most_handshakes_makes_room_and_the_oldest_of_them_first() -
     for when, (member, address) in enumerate([(modest, "192.0.2.1"), (first, "192.0.2.2"), (second, "192.0.2.2")]):
         census.accepted(member, Peer(when, address, host=host_of(address)), when)
     assert census.displaceable() == (first, 1 + 2)
+    census.limits = Limits(pending_handshakes=3, crowded_handshake_seconds=2)
+    assert census.displaceable() == (first, 1 + 0.2), "sooner, because they fill more than half of the places"
     census.left(first)
     assert census.displaceable()[0] is modest
 

@@ -153,7 +153,7 @@ def test_a_client_that_reads_no_option_replies_is_dropped_at_the_deadline(loop: 
 
 
 def test_who_is_beyond_the_limit_of_handshakes_waits_until_one_is_over(loop: str, disk: MemoryDisk) -> None:
-    limits = Limits(pending_handshakes=3, crowded_handshake_seconds=PATIENCE)
+    limits = Limits(pending_handshakes=3, crowded_handshake_seconds=100 * PATIENCE)
     with LoopServer(Export.read_only("", disk), loop=loop, limits=limits) as server:
         silent = [server.connect() for _ in range(3)]
         server.wait_for_connections(3)

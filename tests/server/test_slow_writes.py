@@ -213,6 +213,14 @@ def test_a_client_that_stops_within_a_payload_is_cut_and_one_that_is_slow_is_not
         assert disk.content[:MIB] == bytes(MIB)
 
 
+def test_a_payload_whose_beginning_waited_for_memory_has_a_deadline_too(loop: str) -> None:
+    limits = Limits(payload_stall_seconds=0.3, process_bytes=MIB)
+    with LoopServer(Export.writable("", WritableDisk(bytes(8 * MIB))), loop=loop, limits=limits) as server:
+        for _ in range(3):
+            server.connect().go().socket.sendall(request(WRITE, 1, 0, MIB) + bytes(10_000))
+        server.wait_for_connections(0)
+
+
 def test_replies_from_a_disk_that_can_change_are_counted(loop: str) -> None:
     """R-70: such a disk gives copies where one that cannot change gives pieces of files."""
 
