@@ -16,13 +16,14 @@ COMMANDS = {name: command for name in main.list_commands(CONTEXT) if (command :=
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_in_the_readme(name: str) -> None:
     for parameter in COMMANDS[name].params:
-        for option in parameter.opts:
+        for option in (*parameter.opts, *parameter.secondary_opts):
             if option.startswith("-"):
                 assert re.search(rf"[`|, ]{option}[` ,=]", README), f"nbdq {name} {option}"
 
 
 def test_every_option_of_the_readme_exists() -> None:
-    known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     rows = re.findall(r"^\| (`-.*?)(?<!\\)\|", README, flags=re.MULTILINE)
     named = [option for row in rows for option in re.findall(r"`(--?[\w-]+)", row)]
     assert len(named) > 30
