@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -316,16 +318,25 @@ def test_a_client_that_comes_between_two_servers_is_served_by_the_second_one(ima
 
 def test_names_of_sockets_say_what_they_are_for(image: Path, directory: Path) -> None:
     admin, clients = directory / "admin", directory / "clients"
-    with listening(admin) as first, listening(clients) as second:
-        process = started_with([first, second], ["-f", "raw", str(image)], names="admin:nbdq.socket")
+    with listening(admin) as first, listening(clients) as second, listening() as third:
+        process = started_with([first, second, third], ["-f", "raw", str(image)], names="admin:nbdq.socket:metrics")
         with Client(str(clients)) as client:
             assert client.go().size == SIZE
         listed = subprocess.run(
             [sys.executable, "-m", "nbdq", "ctl", "--socket", str(admin), "exports"], capture_output=True, text=True
         )
         assert listed.returncode == 0, listed.stderr
+        host, port = third.getsockname()
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=PATIENCE) as answer:
+            assert b"nbdq_connections" in answer.read()
         stop(process)
         assert admin.exists()
+
+
+def test_a_socket_for_tls_is_none_for_a_server_without_certificates(image: Path) -> None:
+    with listening() as sock:
+        status, said = ended(started_with([sock], ["-f", "raw", str(image)], names="nbd-tls"))
+    assert (status, said) == (1, "nbdq: TLS needs certificates or keys: --tls-creds DIR or --tls-psk FILE\n")
 
 
 def test_options_that_say_where_to_listen_contradict_sockets(image: Path) -> None:
@@ -572,3 +583,16 @@ print("done")
 def test_signals_do_not_interrupt_the_saving_of_disks() -> None:
     done = subprocess.run([sys.executable, "-c", SAVING], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "saved\ndone\n", "")
+
+
+def test_the_page_about_running_names_options_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
+    known = {
+        option
+        for name in ("serve", "wait")
+        for parameter in getattr(import_module(f"nbdq.cli.{name}"), f"{name}_command").params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    named = set(re.findall(r"`(--[a-z-]+)", page))
+    assert len(named) > 8
+    assert named <= known
