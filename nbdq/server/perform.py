@@ -173,7 +173,7 @@ class Performer:
         """The reply to a valid BLOCK_STATUS, one chunk for each selected context (P117)."""
         selected, operation, cookie, offset, length = request
         limit = 1 if operation >> 16 & CommandFlag.REQ_ONE else self._limits.status_extents
-        until = monotonic() + (self._limits.status_seconds or inf)
+        begun, seconds = monotonic(), self._limits.status_seconds or inf
         contexts = self._contexts
         if operation >> 16 & CommandFlag.PAYLOAD_LEN:  # P120
             contexts = [context for context in contexts if selected >> context[0] & 1]
@@ -181,7 +181,8 @@ class Performer:
         assert isinstance(replies, StructuredReplies)
         reply = bytearray()
         try:
-            for number, context in contexts:
+            for place, (number, context) in enumerate(contexts, 1):
+                until = begun + seconds * place / len(contexts)  # a share for each: the client goes on where one ended
                 extents = encode(
                     context, device, offset, length, limit=limit, number=replies.status_number, until=until
                 )
