@@ -87,7 +87,7 @@ RESERVED: dict[str, set[str]] = {
     "asyncio": SHELL,
     "selectors": SHELL,
     "signal": SHELL,
-    "select": {"nbdq.client"},
+    "select": {"nbdq.server.listener", "nbdq.client"},
     "socket": SHELL | {"nbdq.client"},
     "ssl": SHELL | {"nbdq.client"},
     "uvloop": SHELL,
