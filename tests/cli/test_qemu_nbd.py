@@ -103,6 +103,7 @@ def test_flags_can_be_joined_with_an_option_that_has_a_value() -> None:
         ("-k", "relative", "disk"),
         ("-e", "-1", "disk"),
         ("-e", "08", "disk"),
+        ("-e", "9" * 5000, "disk"),
         ("-o", "1k", "disk"),
         ("--cache=some", "disk"),
         ("-n", "--cache=none", "disk"),
@@ -219,9 +220,15 @@ def test_image_options_that_nbdq_does_not_have_are_named(text: str, what: str) -
         parse_image(text, format=None, image_opts=True)
 
 
-@pytest.mark.parametrize("text", ["json:", "json:[]", "json:{", "json:" + "[" * 100000, "nbd://host/disk", "ssh:x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("json:", "json:[]", "json:{", "json:" + "[" * 100000, 'json:{"a":' + "[" * 600 + "]" * 600 + "}"),
+        *("nbd://host/disk", "ssh:x"),
+    ],
+)
 def test_a_name_that_is_none_of_a_file_is_refused(text: str) -> None:
-    with pytest.raises(ExportError, match=r"Could not parse|Unknown protocol"):
+    with pytest.raises(ExportError, match=r"Could not parse|Unknown protocol|A block device must be specified"):
         parse_image(text, format="raw", image_opts=False)
 
 

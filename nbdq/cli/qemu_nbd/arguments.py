@@ -148,7 +148,8 @@ def parse(words: list[str]) -> Arguments:
 def _as_getopt_says(error: GetoptError) -> str:
     """The message in the words of the C library, which programs may know."""
     short = not error.msg.startswith("option --")
-    option = f"-- '{error.opt}'" if short else f"'--{error.opt}'"
+    name = printable(error.opt)
+    option = f"-- '{name}'" if short else f"'--{name}'"
     if "not recognized" in error.msg:
         return f"invalid option {option}" if short else f"unrecognized option {option}"
     if "requires argument" in error.msg:
@@ -205,18 +206,24 @@ def _check_tls(arguments: Arguments) -> None:
         arguments.subjects = arguments.objects.subjects(arguments.tls_authz)
 
 
+#: No offset and no number of clients.
+_TOO_LARGE = 1 << 63
+
+
 # One function for each option that does more than to note its value.
 
 
 def _number(text: str, complaint: str) -> int:
     """A number as C reads it with base 0, not negative."""
-    if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
+    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,20}", text):
         value = int(text, 16)
-    elif re.fullmatch(r"[0-9]+", text) and (text == "0" or text[0] != "0" or re.fullmatch(r"[0-7]+", text)):
-        value = int(text, 8 if text[0] == "0" else 10)
+    elif re.fullmatch(r"0[0-7]{1,25}", text):
+        value = int(text, 8)
+    elif re.fullmatch(r"0|[1-9][0-9]{0,20}", text):
+        value = int(text)
     else:
-        raise ExportError(f"{complaint} '{printable(text)}'")
-    if value >= 1 << 63:
+        value = _TOO_LARGE
+    if value >= _TOO_LARGE:
         raise ExportError(f"{complaint} '{printable(text)}'")
     return value
 

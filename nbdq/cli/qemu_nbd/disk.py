@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -23,6 +23,9 @@ from nbdq.qcow2.create import CreateOptions
 #: What an administrator may allow beyond the directory of the image; programs that start qemu-nbd cannot say it.
 ALLOW_BACKING = "NBDQ_QEMU_NBD_ALLOW_BACKING"
 ALLOW_DATA_FILE = "NBDQ_QEMU_NBD_ALLOW_DATA_FILE"
+
+#: Inflated clusters that are kept.
+_INFLATED_BYTES = 64 << 20
 
 #: What is said about a guess, in qemu-nbd's words.
 GUESSED_RAW = """\
@@ -45,8 +48,7 @@ def open_disk(
             written last may be lost.
     """
     name = printable(arguments.file or "", 1024)
-    clusters = ClusterCache(budget=64 << 20)
-    try:
+    with closing(ClusterCache(budget=_INFLATED_BYTES)) as clusters:
         try:
             if image.format is None:
                 image = replace(image, format=guess_format(image.path), guessed=True, backing=())
@@ -56,13 +58,11 @@ def open_disk(
         try:
             yield image, chain, _shown(arguments, image, chain.device)
         finally:
-            clusters.close()  # first, because it may be reading the disk
+            clusters.close()  # already now, because it may be reading the disk
             try:
                 chain.close()
             except OSError as error:
                 raise ExportError(f"{name}: what was written last may be lost: {error.strerror or error}") from error
-    finally:
-        clusters.close()
 
 
 def _policy(image: Image, environment: Mapping[str, str]) -> Policy:

@@ -1,5 +1,6 @@
 """What FILE means: a path, a list of ``--image-opts``, or ``json:{…}``; and what is done about a format nobody said."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -174,11 +175,10 @@ def _split(
 
 
 def _bytes(name: str, text: str) -> int:
-    suffixes = {"k": 10, "m": 20, "g": 30, "t": 40}
-    digits, shift = (text[:-1], suffixes[text[-1].lower()]) if text[-1:].lower() in suffixes else (text, 0)
-    if not digits.isascii() or not digits.isdigit():
+    found = re.fullmatch(r"([0-9]{1,19})([kKmMgGtT]?)", text)
+    if found is None:
         raise ExportError(f"Parameter '{name}' expects a size")
-    return int(digits) << shift
+    return int(found[1]) << " kmgt".index(found[2].lower() or " ") * 10
 
 
 def guess_format(path: str) -> str:

@@ -6,6 +6,7 @@ waits in the queue of the socket.
 
 import errno
 import os
+import re
 import socket
 import time
 
@@ -92,7 +93,7 @@ def port_number(text: str | None) -> int:
     """
     if text is None:
         return DEFAULT_PORT
-    if text.isascii() and text.isdigit() and int(text) < 1 << 16:
+    if re.fullmatch(r"[0-9]{1,5}", text) and int(text) < 1 << 16:
         return int(text)
     try:
         return socket.getservbyname(text, "tcp")

@@ -30,7 +30,6 @@ from nbdq.storage import share_one_heap
 
 #: What "no limit" means: more than there are descriptors.
 _ANY_NUMBER = 1 << 20
-_FOR_EVER_SECONDS = 1e9
 
 
 class _Exports(Exports):
@@ -109,7 +108,7 @@ async def _serve(
     signals.deliver(lambda count: stop.set())
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop.set)  # which is no reload here
     limits = Limits(
-        handshake_seconds=arguments.handshake_seconds or _FOR_EVER_SECONDS,
+        handshake_seconds=arguments.handshake_seconds,
         connections=arguments.shared or _ANY_NUMBER,
         export_connections=0,
         peer_connections=0,

@@ -34,11 +34,11 @@ def parse_json(text: str) -> dict[str, str]:
     """
     try:
         value = json.loads(text)
+        if isinstance(value, dict):
+            return dict(_flat(value, ""))
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ExportError(f"Could not parse the JSON options {printable(text)!r}")
-    return dict(_flat(value, ""))
+        pass
+    raise ExportError(f"Could not parse the JSON options {printable(text)!r}")
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, str]]:
