@@ -1,10 +1,12 @@
 """Clients that want more than their share: of memory, of the loop, of the pool (R-70, R-80; scorecard 14, 15)."""
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nbdq.block import Status
 from nbdq.server.export import Export
 from nbdq.server.limits import GUARANTEED_BYTES, Limits
 from tests.server.client import (
@@ -208,3 +210,29 @@ def test_five_hundred_clients_that_send_single_bytes_disturb_nobody(
             healthy.wait_for_a_round()
         for number, client in enumerate(clients):
             assert client.reply().data == disk.content[1000 * number :][:1000]
+
+
+def test_a_status_that_takes_too_long_gets_about_as_far_in_every_context(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client goes on where the shortest answer ends."""
+
+    class SlowDisk(FragmentedDisk):
+        clock = 0.0
+
+        def status(self, offset: int, length: int) -> Iterator[Status]:
+            for start in range(offset, offset + length, 4096):
+                self.clock += 0.001
+                yield from super().status(start, 4096)
+
+    disk = SlowDisk(8 << 20, cached=False)
+    for module in ("contexts", "perform"):
+        monkeypatch.setattr(f"nbdq.server.{module}.monotonic", lambda: disk.clock)
+    contexts = ("base:allocation", "qemu:allocation-depth")
+    export = Export.read_only("", disk, allocation_depth=True)
+    with LoopServer(export, loop=loop, limits=Limits(status_seconds=1)) as server:
+        client = server.connect().go(contexts=contexts)
+        status = client.ask(BLOCK_STATUS, 0, disk.size).status
+        reached = [sum(length for length, _ in extents) for extents in status.values()]
+        assert len(reached) == len(contexts)
+        assert all(400 <= length // 4096 <= 600 for length in reached), reached
