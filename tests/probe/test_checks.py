@@ -65,11 +65,11 @@ def test_a_server_that_is_wrong_is_found_out(name: str, pki: Path, monkeypatch: 
 
 
 def test_a_server_that_is_right_passes_every_check(pki: Path) -> None:
-    passed = set(_SLOW)
-    for like in ("", *sorted(_READ_ONLY)[:1], *sorted(_ALIGNED)[:1], "tls-within-tls", *_SELECTIVE_TLS):
+    left = [check for check in CHECKS if check.name not in _SLOW]
+    for like in ("", "tls-within-tls", *_READ_ONLY, *_ALIGNED, *_SELECTIVE_TLS, *_TLS_ASKED_FOR_IN_VAIN):
         with _server(like, pki, right=True) as server:
-            results = _probe(server, CHECKS, pki, secure=like in _TLS, timeout=30)
-        passed |= {result.check.name for result in results if result.verdict is Verdict.OK}
+            results = _probe(server, left, pki, secure=like in _TLS, timeout=30)
         wrong = [f"{result.check.name}: {result.observed}" for result in results if result.verdict is Verdict.DEVIATES]
         assert not wrong, "\n".join(wrong)
-    assert passed == {check.name for check in CHECKS}, "some check was about nothing"
+        left = [result.check for result in results if result.verdict is not Verdict.OK]
+    assert not left, "these are about nothing"
