@@ -122,21 +122,33 @@ def process_id_in(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    line = f"{os.getpid()}\n"
-    try:
-        is_ours = _write_whole(path, line)
-    except OSError as error:
-        raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
+    is_ours = write_process_id(path)
     try:
         yield
     finally:
         try:
-            if is_ours and _content(path) == line:
+            if is_ours and _content(path) == _line():
                 os.unlink(path)
         except FileNotFoundError:
             pass
         except OSError as error:
             _log.warning("cannot remove the pid file %s: %s", printable(path), error.strerror)
+
+
+def write_process_id(path: str) -> bool:
+    """Write our process id to the file at ``path``, which appears whole; whether it is a file that can be removed.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    try:
+        return _write_whole(path, _line())
+    except OSError as error:
+        raise ExportError(f"cannot write the pid file {printable(path)}: {error.strerror}") from None
+
+
+def _line() -> str:
+    return f"{os.getpid()}\n"
 
 
 def _write_whole(path: str, text: str) -> bool:
