@@ -192,8 +192,8 @@ class Connection:
         self._peer.secure = True
         self._handshake.secured()
         identity = self._peer.identity
-        who = "nobody" if identity is None else identity.subject or ", ".join(identity.names)
-        self._log.debug("%s, the client proved to be %s", self._socket.describe(), printable(who))
+        who = "anybody" if identity is None else printable(identity.subject or ", ".join(identity.names))
+        self._log.info("%s, the client is %s", self._socket.describe(), who, fields={"event": "tls", "identity": who})
 
     def _go_on(self) -> None:
         if self._may_go_on and not self._closed:

@@ -193,7 +193,7 @@ class SecureStream:
         """
         if not self._promised:
             self._encrypt(buffers)
-        if flags & socket.MSG_MORE:
+        if flags & socket.MSG_MORE and self._outgoing.pending < _SEND_SIZE:
             return self._fulfilled()
         return self._sent()
 
