@@ -8,7 +8,10 @@ from nbdq.chain.disk import ChainDisk, extents_of, sound_runs
 from nbdq.chain.live import LiveChain
 from nbdq.chain.open import read_only_layer
 from nbdq.chain.overlay import OverlayDisk
+from nbdq.chain.raw import size_of_raw
+from nbdq.chain.resolve import ResolvedLayer
 from nbdq.errors import OperationError, printable
+from nbdq.qcow2.snapshots import read_snapshots, snapshot_selector
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,41 @@ class View:
     """Path or node name of a layer; None for the top."""
     snapshot: str | None = None
     """Id or name of an internal snapshot of that layer; None for what it is now."""
+
+
+@dataclass(frozen=True)
+class SnapshotView:
+    """An internal snapshot, and what shows it."""
+
+    id: str
+    name: str
+    size: int
+    """Bytes of the disk that it shows."""
+    view: View
+
+
+def size_of(layer: ResolvedLayer) -> int:
+    """Bytes of the disk that the layer and what is below it are."""
+    return size_of_raw(layer.storage) if layer.header is None else layer.header.guest_size
+
+
+def snapshot_views(layer: ResolvedLayer) -> list[SnapshotView]:
+    """The internal snapshots of a layer, in the order of its table, which is read; none of them is opened.
+
+    Raises:
+        ImageError, OSError: the table cannot be read.
+    """
+    if layer.header is None:
+        return []
+    return [
+        SnapshotView(
+            snapshot.id,
+            snapshot.name,
+            layer.header.guest_size if snapshot.disk_size is None else snapshot.disk_size // 512 * 512,
+            View(layer.path, snapshot_selector(snapshot)),
+        )
+        for snapshot in read_snapshots(layer.storage, layer.header)
+    ]
 
 
 def open_view(chain: LiveChain, view: View) -> ChainDisk:

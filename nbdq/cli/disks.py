@@ -106,6 +106,7 @@ class Disks:
         self._index_bytes = index_bytes
         self._disks: list[_Disk] = []
         self._changing = asyncio.Lock()
+        self._is_settled = False
         self._closing: set[asyncio.Task[None]] = set()
         self._ours: set[Export] = set()
         """What settings want, as opposed to administrators."""
@@ -153,6 +154,14 @@ class Disks:
         for disk in change.targets:
             disk.volume.derive_soon()
         return change.is_partial
+
+    async def settle(self) -> None:
+        """Close nothing by ourselves any more; what is being closed is closed on return."""
+        self._is_settled = True
+        async with self._changing:
+            for task in list(self._closing):
+                task.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
     def close(self) -> None:
         """Make everything that was written durable, and close all disks. The loop has ended, no client is left.
@@ -305,6 +314,8 @@ class Disks:
             _log.info("%s is closed when its last client has left", printable(volume.name))
 
     def _close_soon(self, disk: _Disk) -> None:
+        if self._is_settled:
+            return
         task = asyncio.get_running_loop().create_task(self._close_when_free(disk))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)

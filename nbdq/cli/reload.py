@@ -145,6 +145,7 @@ class Reloader:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._disks.settle()
 
     async def _on_hangups(self, hung_up: asyncio.Event) -> None:
         while True:

@@ -112,6 +112,12 @@ def find_snapshot(snapshots: Sequence[Snapshot], wanted: str) -> Snapshot:
     raise ExportError(f"there is no internal snapshot '{printable(wanted)}'; the image has {_listing(snapshots)}")
 
 
+def snapshot_selector(snapshot: Snapshot) -> str:
+    """What :func:`find_snapshot` finds this snapshot by, whatever others are called."""
+    identity, name = (text.replace(",", ",,") for text in (snapshot.id, snapshot.name))
+    return f"snapshot.id={identity},snapshot.name={name}"
+
+
 def check_snapshot(storage: FileStorage, header: Header, snapshot: Snapshot) -> None:
     """Refuse a snapshot whose L1 table cannot be used (Q63); to be called before it is.
 

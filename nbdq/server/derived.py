@@ -5,6 +5,7 @@ deleted while it is served comes and goes. There may be hundreds of them, so wha
 reads it; that is done on a thread of the pool, and a client that only looks around costs nothing (R-07).
 """
 
+import errno
 import logging
 import threading
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ from dataclasses import dataclass, replace
 from nbdq.block import Piece, Status
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
-from nbdq.chain.raw import size_of_raw
 from nbdq.chain.resolve import ResolvedLayer
-from nbdq.chain.views import View, open_view
+from nbdq.chain.views import SnapshotView, View, open_view, size_of, snapshot_views
 from nbdq.errors import ImageError, NbdqError
-from nbdq.qcow2.snapshots import Snapshot, read_snapshots
 from nbdq.server.wish import Wish
 
 _log = logging.getLogger(__name__)
+
+#: For the windows of the index of one: there may be hundreds, and clients choose how many of them are read.
+_INDEX_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,37 @@ class LazyView:
 
     def _opened(self) -> ChainDisk:
         with self._opening:
-            if self._disk is None:
+            disk = self._disk
+            if disk is None:
                 try:
-                    self._disk = open_view(self._chain, self._view)
+                    layers = open_view(self._chain, self._view).layers
                 except NbdqError as error:
-                    raise OSError(5, str(error)) from None
-            return self._disk
+                    raise OSError(errno.EIO, str(error)) from None
+                disk = ChainDisk(layers, clusters=self._chain.clusters, index_budget=_INDEX_BYTES)
+                self._disk = disk
+            return disk
+
+    def forget(self) -> None:
+        """Nobody reads it for now; what is being read still is read to its end."""
+        self._disk = None
 
     def read_into(self, offset: int, view: memoryview) -> None:
         self._opened().read_into(offset, view)
 
     def read_cached(self, offset: int, view: memoryview) -> bool:
-        return self._disk is not None and self._disk.read_cached(offset, view)
+        disk = self._disk
+        return disk is not None and disk.read_cached(offset, view)
 
     def gather_cached(self, offset: int, length: int) -> list[Piece] | None:
-        return None if self._disk is None else self._disk.gather_cached(offset, length)
+        disk = self._disk
+        return None if disk is None else disk.gather_cached(offset, length)
 
     def gather(self, offset: int, length: int) -> list[Piece]:
         return self._opened().gather(offset, length)
 
     def status_cached(self, offset: int, length: int) -> bool:
-        return self._disk is not None and self._disk.status_cached(offset, length)
+        disk = self._disk
+        return disk is not None and disk.status_cached(offset, length)
 
     def status(self, offset: int, length: int) -> Iterator[Status]:
         return self._opened().status(offset, length)
@@ -100,33 +112,20 @@ def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[Derived]:
     if derivation.snapshots:
         for snapshot in _snapshots(layers[0]):
             name = f"{wish.name}@{snapshot.name or snapshot.id}"
-            view, text = View(layers[0].path, _selector(snapshot)), f"internal snapshot {snapshot.id}"
-            size = _size_of(layers[0]) if snapshot.disk_size is None else snapshot.disk_size // 512 * 512
-            derived = replace(common, id=name, name=name, description=text, view=view)
-            found.setdefault(name, Derived(derived, size, wish.name))
+            text = f"internal snapshot {snapshot.id}"
+            derived = replace(common, id=name, name=name, description=text, view=snapshot.view)
+            found.setdefault(name, Derived(derived, snapshot.size, wish.name))
     if derivation.layers:
         for depth, layer in enumerate(layers[1:], 1):
             name, view = f"{wish.name}#{depth}", View(layer.path)
             derived = replace(common, id=name, name=name, description=f"layer {depth}", view=view)
-            found[name] = Derived(derived, _size_of(layer), wish.name)
+            found[name] = Derived(derived, size_of(layer), wish.name)
     return list(found.values())
 
 
-def _size_of(layer: ResolvedLayer) -> int:
-    return size_of_raw(layer.storage) if layer.header is None else layer.header.guest_size
-
-
-def _snapshots(layer: ResolvedLayer) -> tuple[Snapshot, ...]:
-    if layer.header is None:
-        return ()
+def _snapshots(layer: ResolvedLayer) -> list[SnapshotView]:
     try:
-        return read_snapshots(layer.storage, layer.header)
+        return snapshot_views(layer)
     except (ImageError, OSError) as error:
         _log.warning("no internal snapshots are offered: %s", error)
-        return ()
-
-
-def _selector(snapshot: Snapshot) -> str:
-    """What finds this snapshot and no other (:func:`nbdq.qcow2.snapshots.find_snapshot`)."""
-    identity, name = (text.replace(",", ",,") for text in (snapshot.id, snapshot.name))
-    return f"snapshot.id={identity},snapshot.name={name}"
+        return []

@@ -86,6 +86,8 @@ class Export:
     """None without any limit; :meth:`limit` changes it."""
     is_derived: bool = False
     """Whether it came along with another export of its disk, to which it gives way."""
+    on_left: Callable[[], None] = lambda: None
+    """Called when the last client has left."""
     on_gone: Callable[[], None] = lambda: None
     """Called when nobody can come in any more, and nobody is left."""
 
@@ -226,6 +228,8 @@ class Export:
         """Change :attr:`rates`, for those that are there too. On the loop thread, or before there are clients."""
         if self.throttle is not None:
             self.throttle.change(rates)
+            if not rates.are_limited:
+                self.throttle = None
         elif rates.are_limited:
             self.throttle = Throttle(rates)
 
@@ -307,5 +311,7 @@ class Exports:
     def leave(self, export: Export, client: Client) -> None:
         """``client`` is gone."""
         export.clients.discard(client)
+        if not export.clients:
+            export.on_left()
         if self.by_name.get(export.info.name) is not export:
             self.delete(export)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from nbdq.block import BlockDevice
@@ -236,6 +237,7 @@ class Volume:
             detect_zeroes=wish.detect_zeroes,
         )
         export.is_derived = derived is not None
+        export.on_left = partial(self._on_left, export)
         export.on_gone = lambda: self._forget(export)
         return Shown(export, view, bitmaps, derived.parent if derived else None)
 
@@ -264,6 +266,10 @@ class Volume:
         if not export.is_derived and self._derivations.pop(export.info.name, None) is not None:
             for shown in [shown for shown in self._shown.values() if shown.parent == export.info.name]:
                 self.delete(shown.export, hard=hard)
+
+    def _on_left(self, export: Export) -> None:
+        if isinstance(export.device, LazyView):
+            export.device.forget()
 
     def _forget(self, export: Export) -> None:
         del self._shown[export.id]
