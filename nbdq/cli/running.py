@@ -66,6 +66,7 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
         listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
         tls = open_tls(settings.tls, [listener.tls for listener in listeners])
         monitors = listen_for_monitoring(settings.metrics, one_of_role(caller.sockets, "metrics"), undo)
+        signals.hold()
         return runner.run(
             _serve(
                 settings,

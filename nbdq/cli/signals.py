@@ -11,8 +11,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class StopSignals:
     """What a signal to stop means. Starting, it ends the process as if it were told to in between two statements, with
-    status 0; later whatever :meth:`deliver` was given is called on the loop; at last, while disks are saved, it means
-    nothing any more. A context manager, for the main thread.
+    status 0; from :meth:`hold` on it is for the loop, where what :meth:`deliver` was given is called; at last, while
+    disks are saved, it means nothing any more. A context manager, for the main thread.
 
     These are handlers of Python's and not of the loop's: the loop takes its own away when it is closed, and a second
     signal would then kill a process that is saving what guests have written.
@@ -34,11 +34,14 @@ class StopSignals:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # everything is done, and only the exit status is left to be told
 
+    def hold(self) -> None:
+        """The loop is about to run, and could not be closed if it were interrupted: signals wait for :meth:`deliver`."""
+        self._is_starting = False
+
     def deliver(self, callback: Callable[[int], object]) -> None:
         """From now on ``callback`` is called on the running loop, with the number of signals so far."""
         self._loop = asyncio.get_running_loop()
         self._callback = callback
-        self._is_starting = False
         if self._came:
             self._loop.call_soon(callback, self._came)
 
