@@ -522,6 +522,34 @@ def test_a_thousand_requests_in_one_segment_are_all_answered(loop: str, disk: Me
             assert reply.data == CONTENT[offsets[cookie] :][:64]
 
 
+def test_replies_half_encrypted_from_a_file_stay_true_although_the_file_changes(
+    loop: str, tls: Tls, pki: Pki, tmp_path: Path
+) -> None:
+    """The disk is drained for an operation while a client has not read its replies."""
+    path = tmp_path / "disk"
+    path.write_bytes(CONTENT)
+    disk = FileDisk(path)
+    export = Export.read_only("disk", disk)
+    with (
+        LoopServer(export, tls=tls, tls_mode=TlsMode.REQUIRE, loop=loop) as server,
+        TlsClient(server, trusting(pki.server)) as client,
+    ):
+        client.go()
+        client.socket.sendall(b"".join(client.pack(READ, 0, 2 << 20) for _ in range(8)))
+        assert select.select([client.socket], [], [], PATIENCE)[0]
+
+        async def change() -> None:
+            async with export.gate.closed():
+                path.write_bytes(bytes(len(CONTENT)))
+
+        server.wait(change)
+        first = client.reply()
+        assert first.data == CONTENT[: 2 << 20]
+        seen = {reply.data for reply in client.replies().values()}
+        assert seen <= {CONTENT[: 2 << 20], bytes(2 << 20)}, "a reply of two ages"
+    disk.close()
+
+
 # Endings.
 
 
