@@ -75,6 +75,7 @@ def flags(uri: str) -> set[str]:
         ("disk", "-k", "/s", "-f", "raw", "-e", "3"),
         ("-k", "/s", "disk", "-fraw", "-e", "03"),
         ("-k", "/s", "-f", "raw", "-e", "3", "--", "disk"),
+        ("-f", "raw", "disk", "-k", "/s", "-e 3", "--"),
     ],
 )
 def test_an_option_can_be_written_in_every_way_that_getopt_takes(words: tuple[str, ...]) -> None:
@@ -248,23 +249,29 @@ def test_names_on_authorisation_lists_are_exact_unless_they_are_patterns() -> No
 
 @requires("qemu-img", "qemu-io", "nbdinfo")
 def test_backup_programs_find_a_qcow2_image(qcow2: Path, raw: Path, tmp_path: Path) -> None:
-    """As virtnbdbackup starts qemu-nbd to restore."""
-    words = ("--discard=unmap", "-x", "vda", qcow2, "--format=qcow2", "-t", "-e", "2")
-    with serve(*words) as server:
+    """As virtnbdbackup starts qemu-nbd: to save a disk of a machine that is off, and to restore it."""
+    file = tmp_path / "pid"
+    file.touch()
+    words = ("-r", "--format=qcow2", "-x", "vda", qcow2, "-t", "-e 2", "--detect-zeroes=on", f"--pid-file={file}", "--")
+    with serve(*words, pid_file=file) as server:
         assert content(server.uri("vda"), tmp_path) == raw.read_bytes()
-        assert {"can_multi_conn", "can_trim", "can_zero"} <= flags(server.uri("vda"))
-        assert "wrote 65536" in io(server.uri("vda"), "write -P 7 1M 64k")
+        assert {"is_read_only", "can_multi_conn"} <= flags(server.uri("vda"))
+    file.unlink()  # as the program does
+    with serve("--discard=unmap", "--format=qcow2", "-x", "vda", qcow2) as server:
+        assert "wrote 65536" in io(server.uri("vda"), "write -P 7 1M 64k", "discard 2M 64k")
+        server.wait()
     assert "pattern" not in run("qemu-io", "-c", "read -P 7 1M 64k", qcow2)
     assert "No errors" in run("qemu-img", "check", qcow2)
 
 
 @requires("qemu-img", "qemu-io", "nbdinfo")
 def test_image_transfers_find_a_raw_image_and_its_bitmap(qcow2: Path, raw: Path, tmp_path: Path) -> None:
-    """As ovirt-imageio starts qemu-nbd: long options, a JSON name, contexts."""
+    """As ovirt-imageio starts qemu-nbd: long options, a JSON name, contexts; it asks for the version first."""
     run("qemu-img", "bitmap", "--add", qcow2, "b0")
     name = "json:" + json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(qcow2)}})
-    words = ("--export-name", "", "--persistent", "--shared", "8", "--read-only", "--cache", "none", "--aio", "native")
-    with serve(*words, "--bitmap", "b0", "--allocation-depth", name) as server:
+    words = ("--export-name=", "--persistent", "--shared=8", "--read-only", "--cache=none", "--aio=native")
+    words = (*words, "--discard=unmap", "--detect-zeroes=unmap", "--bitmap=b0", "--allocation-depth")
+    with serve(*words, name) as server:
         assert content(server.uri(), tmp_path) == raw.read_bytes()
         contexts = json.loads(run("nbdinfo", "--json", server.uri()))["exports"][0]["contexts"]
         assert set(contexts) == {"base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b0"}

@@ -67,10 +67,12 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def serve(*words: str | Path, environment: Mapping[str, str] | None = None) -> Iterator[Daemon]:
-    """Serve on a unix socket, in the background, until the block ends."""
+def serve(
+    *words: str | Path, pid_file: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[Daemon]:
+    """Serve on a unix socket, in the background, until the block ends; ``pid_file`` if ``words`` name one."""
     with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
-        socket, file = Path(directory, "socket"), Path(directory, "pid")
+        socket, file = Path(directory, "socket"), pid_file or Path(directory, "pid")
         done = call("--fork", f"--pid-file={file}", "-k", socket, *words, environment=environment)
         assert done.returncode == 0, done.stderr
         daemon = Daemon(int(file.read_text()), socket, done.stderr)

@@ -214,7 +214,8 @@ _TOO_LARGE = 1 << 63
 
 
 def _number(text: str, complaint: str) -> int:
-    """A number as C reads it with base 0, not negative."""
+    """A number as C reads it with base 0, not negative; some callers write ``-e 2`` as one word."""
+    text = re.sub(r"^\s*\+?", "", text)
     if re.fullmatch(r"0[xX][0-9a-fA-F]{1,20}", text):
         value = int(text, 16)
     elif re.fullmatch(r"0[0-7]{1,25}", text):

@@ -12,7 +12,7 @@ from nbdq.block import BlockDevice
 from nbdq.chain.bitmaps import find_bitmaps
 from nbdq.chain.live import LiveChain
 from nbdq.cli.detach import Background
-from nbdq.cli.lifecycle import process_id_in
+from nbdq.cli.lifecycle import write_process_id
 from nbdq.cli.qemu_nbd.arguments import Arguments
 from nbdq.cli.qemu_nbd.disk import GUESSED_RAW, open_disk
 from nbdq.cli.qemu_nbd.image import Image, parse_image
@@ -61,6 +61,7 @@ def serve(arguments: Arguments, listeners: list[Listener], background: Backgroun
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         exports = _Exports([_export(arguments, image, chain, device)])
+        signals.hold()
         runner.run(_serve(arguments, exports, listeners, tls, background, signals))
 
 
@@ -123,11 +124,12 @@ async def _serve(
     server.on_idle = on_idle
     try:
         server.start()
-        with process_id_in(None if arguments.pid_file is None else os.path.abspath(arguments.pid_file)):
-            os.chdir("/")  # so that no file system is kept busy
-            if background is not None:
-                background.let_go()
-            await stop.wait()
+        if arguments.pid_file is not None:
+            write_process_id(arguments.pid_file)  # and leave it behind: who starts qemu-nbd removes it
+        os.chdir("/")  # so that no file system is kept busy
+        if background is not None:
+            background.let_go()
+        await stop.wait()
     finally:
         await server.stop()
         signals.ignore()
