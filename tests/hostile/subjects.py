@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -24,17 +25,20 @@ class Subject:
     """A running server."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: int
     address: Address
+    export: str = ""
 
     @property
     def is_alive(self) -> bool:
-        return self.process.poll() is None
+        with contextlib.suppress(ChildProcessError):  # nbd-server is nobody's child
+            os.waitpid(self.process, os.WNOHANG)
+        return Path(f"/proc/{self.process}").exists()
 
     @property
     def processes(self) -> list[int]:
         """It, and the processes that it has made for its clients."""
-        found = [self.process.pid]
+        found = [self.process]
         for process in found:
             with contextlib.suppress(OSError):
                 for task in Path(f"/proc/{process}/task").iterdir():
@@ -49,17 +53,21 @@ class Subject:
     @property
     def processor_seconds(self) -> float:
         """Processor time used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def descriptors(self) -> int:
         """Open files."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return len(os.listdir(f"/proc/{self.process}/fd"))
 
     def connect(self) -> Client:
         """A client that has said nothing."""
         return Client(self.address)
+
+    def go(self, *, structured: bool = True) -> Client:
+        """A client that uses the export."""
+        return self.connect().go(self.export, structured=structured and self.name != "nbd-server")
 
 
 def _proportional_bytes(process: int) -> int:
@@ -86,8 +94,8 @@ def _nbdkit(directory: Path, port: int, options: list[str]) -> list[str]:
 
 def _nbd_server(directory: Path, port: int, options: list[str]) -> list[str]:
     config = directory / "nbd-server.conf"
-    config.write_text(f"[generic]\nport = {port}\nallowlist = true\n[]\nexportname = {directory / 'disk.raw'}\n")
-    return ["nbd-server", "-d", "-C", str(config), "-p", str(directory / "pid")]
+    config.write_text(f"[generic]\nport = {port}\nallowlist = true\n[default]\nexportname = {directory / 'disk.raw'}\n")
+    return ["nbd-server", "-C", str(config), "-p", str(directory / "pid")]
 
 
 SUBJECTS: dict[str, Callable[[Path, int, list[str]], list[str]]] = {
@@ -122,7 +130,15 @@ def running(name: str, directory: Path, *options: str, files: int = 0) -> Iterat
     )
     try:
         _wait_for(port, process)
-        yield Subject(name, process, ("127.0.0.1", port))
+        address = ("127.0.0.1", port)
+        if name != "nbd-server":
+            yield Subject(name, process.pid, address)
+            return
+        daemon = int((directory / "pid").read_text())  # it has no option to stay, and serve more than one client
+        try:
+            yield Subject(name, daemon, address, "default")
+        finally:
+            os.kill(daemon, signal.SIGTERM)
     finally:
         process.terminate()
         try:
@@ -139,7 +155,7 @@ def _wait_for(port: int, process: subprocess.Popen[str]) -> None:
             Client(("127.0.0.1", port)).socket.close()
             return
         except OSError:
-            assert process.poll() is None, f"ended with {process.returncode}"
+            assert not process.poll(), f"ended with {process.returncode}"
             assert time.monotonic() < deadline, "does not listen"
             time.sleep(0.05)
 
