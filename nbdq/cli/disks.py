@@ -267,6 +267,8 @@ class Disks:
         for disk, target in change.targets.items():
             disk.volume.on_idle = lambda: None
             for name, (settings, prepared) in target.items():
+                if prepared is None and disk.shown[name][0] == settings:
+                    continue
                 self._show(disk, name, settings, prepared)
         self._exports.default = change.default
 

@@ -62,11 +62,12 @@ class AccessSettings:
         Raises:
             ExportError: a word means nothing.
         """
-        self.make()
+        object.__setattr__(self, "_made", Access.of(**vars(self)))
 
     def make(self) -> Access:
-        """The demands, with names resolved."""
-        return Access.of(**vars(self))
+        """The demands, with names resolved, which may ask a directory service, when the settings were made."""
+        made: Access = vars(self)["_made"]
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)
