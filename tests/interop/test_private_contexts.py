@@ -2,15 +2,15 @@
 
 import json
 import random
+import re
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 
+from nbdq.server.private_contexts import PRIVATE, SINCE
 from tests.server.client import BLOCK_STATUS, EINVAL, Client
 from tests.support.administration import Administered, administered, qemu_io
 from tests.support.images import Image, Layer, Variant, build
-from tests.support.libnbd import nbdsh
 from tests.support.oracles import Status, block_status, map_extents, merged
 from tests.support.serving import serve
 from tests.support.tools import requires, run
@@ -95,32 +95,13 @@ def test_layer_offset_and_kind_are_those_of_qemu_img_map(image: Image, option: s
             assert at == (extent["offset"] + into if "offset" in extent else None), extent
 
 
-BACKUP = """
-h.add_meta_context(context)
-h.connect_unix(socket)
-copied = 0
-with open(target, "r+b") as file:
-    position = 0
-    while position < h.get_size():
-        found = []
-        def note(name, offset, extents, error):
-            assert name == context
-            found.extend(extents)
-        h.block_status(min(h.get_size() - position, 1 << 30), position, note)
-        for length, changed in zip(found[::2], found[1::2]):
-            assert changed in (0, 1)
-            if changed:
-                file.seek(position)
-                file.write(h.pread(length, position))
-                copied += length
-            position += length
-print(copied)
-"""
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+(BACKUP,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
-def back_up(socket: Path, context: str, target: Path) -> int:
-    """Bring the copy of a layer up to date with what a context says has changed; return how many bytes that took."""
-    return int(nbdsh(f"context, target = {context!r}, {str(target)!r}\n" + dedent(BACKUP), socket=socket, data=target))
+def back_up(uri: str, layer: str | int, target: Path) -> int:
+    """Bring the copy of a layer up to date as the documentation says; return how many bytes that took."""
+    return int(run("/usr/bin/python3", "-c", BACKUP, uri, str(layer), target).split()[0])
 
 
 def copy_of(image: Image, number: int, target: Path) -> Path:
@@ -139,7 +120,7 @@ def test_what_changed_since_a_layer_makes_a_backup_of_it_a_backup_of_the_disk(
 ) -> None:
     target = copy_of(image, number, tmp_path / "backup")
     with serve(option, image.top) as server:
-        copied = back_up(server.socket, f"x-nbdq:since:{number}", target)
+        copied = back_up(server.uri(), number, target)
         run("qemu-img", "compare", "-f", "raw", "-F", "raw", target, server.uri())
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", target, image.top)
     assert 0 < copied < target.stat().st_size
@@ -162,8 +143,13 @@ def test_random_chains_are_backed_up_in_increments(tmp_path: Path, seed: int) ->
     number = chance.randrange(1, 4)
     target = copy_of(image, number, tmp_path / "backup")
     with serve("--discard=unmap", image.top) as server:
-        back_up(server.socket, f"x-nbdq:since:{number}", target)
+        back_up(server.uri(), number, target)
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", target, image.top)
+
+
+def test_every_context_is_documented() -> None:
+    for name in (*PRIVATE, SINCE + "LAYER"):
+        assert f"### `{name}`" in DOCUMENT
 
 
 # Names, and what becomes of layers while a disk is served.
