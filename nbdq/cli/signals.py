@@ -42,6 +42,7 @@ class StopSignals:
         """From now on ``callback`` is called on the running loop, with the number of signals so far."""
         self._loop = asyncio.get_running_loop()
         self._callback = callback
+        self._is_starting = False
         if self._came:
             self._loop.call_soon(callback, self._came)
 
