@@ -35,7 +35,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)  # everything is done, and only the exit status is left to be told
 
     def hold(self) -> None:
-        """The loop is about to run, and could not be closed if it were interrupted: signals wait for :meth:`deliver`."""
+        """The loop is about to run, and could not be closed if interrupted: signals wait for :meth:`deliver`."""
         self._is_starting = False
 
     def deliver(self, callback: Callable[[int], object]) -> None:
