@@ -18,11 +18,13 @@ from nbdq.cli.qemu_nbd.devices import WriteThrough
 from nbdq.cli.qemu_nbd.image import Image, parse_image
 from nbdq.cli.qemu_nbd.main import main
 from nbdq.cli.qemu_nbd.objects import Objects
+from nbdq.cli.qemu_nbd.usage import HELP
 from nbdq.errors import ExportError
 from tests.support.qemu_nbd import COMMAND, call, refusal, serve
 from tests.support.serving import PATIENCE
 from tests.support.tools import execute, requires, run
 
+ROOT = Path(__file__).parent.parent.parent
 MIB = 1 << 20
 
 
@@ -544,3 +546,11 @@ def _make_certificates(directory: Path) -> None:
         if name != "ca":
             how += ["--load-ca-privkey", directory / "ca-key.pem", "--load-ca-certificate", directory / "ca-cert.pem"]
         run("certtool", *map(str, how), "--load-privkey", key, "--template", template, "--outfile", certificate)
+
+
+def test_every_option_is_documented() -> None:
+    documented = set(re.findall(r"`(-{1,2}[A-Za-z][a-z-]*)", (ROOT / "docs/drop-in.md").read_text()))
+    lines = [line.split() for line in HELP.splitlines() if line.startswith("  -")]
+    named = [{word.rstrip(",").partition("=")[0] for word in line[:2] if word.startswith("-")} for line in lines]
+    missing = [names for names in named if not names & documented]
+    assert not missing

@@ -24,6 +24,8 @@ from nbdq.qcow2.create import CreateOptions
 ALLOW_BACKING = "NBDQ_QEMU_NBD_ALLOW_BACKING"
 ALLOW_DATA_FILE = "NBDQ_QEMU_NBD_ALLOW_DATA_FILE"
 
+#: For what clients write under -s, which may be more than memory holds: no place for /tmp.
+_TEMPORARY = "/var/tmp"
 #: Inflated clusters that are kept.
 _INFLATED_BYTES = 64 << 20
 
@@ -52,7 +54,7 @@ def open_disk(
         try:
             if image.format is None:
                 image = replace(image, format=guess_format(image.path), guessed=True, backing=())
-            chain = _open_chain(arguments, image, _policy(image, environment), clusters)
+            chain = _open_chain(arguments, image, environment, clusters)
         except (ImageError, ExportError, OSError) as error:
             raise ExportError(f"Failed to blk_new_open '{name}': {_in_qemu_words(error, image.path)}") from error
         try:
@@ -75,7 +77,10 @@ def _policy(image: Image, environment: Mapping[str, str]) -> Policy:
     )
 
 
-def _open_chain(arguments: Arguments, image: Image, policy: Policy, clusters: ClusterCache) -> LiveChain:
+def _open_chain(
+    arguments: Arguments, image: Image, environment: Mapping[str, str], clusters: ClusterCache
+) -> LiveChain:
+    policy = _policy(image, environment)
     assert image.format is not None
     if not arguments.snapshot:
         return LiveChain.open(
@@ -93,7 +98,8 @@ def _open_chain(arguments: Arguments, image: Image, policy: Policy, clusters: Cl
     path = os.path.abspath(image.path)
     size, _ = inspect_backing(path, path, format=image.format, policy=policy)
     roots = (*policy.roots, os.path.dirname(path), os.path.dirname(os.path.realpath(path)))
-    with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
+    place = environment.get("TMPDIR") or _TEMPORARY
+    with tempfile.TemporaryDirectory(prefix="nbdq-", dir=place) as directory:
         overlay = os.path.join(directory, "overlay")
         create_qcow2(overlay, CreateOptions(size=size, backing_name=path, backing_format=image.format))
         return LiveChain.open(  # which keeps the file that goes with its directory

@@ -62,7 +62,6 @@ def serve(arguments: Arguments, listeners: list[Listener], background: Backgroun
     ):
         exports = _Exports([_export(arguments, image, chain, device)])
         signals.hold()
-        signals.hold()
         runner.run(_serve(arguments, exports, listeners, tls, background, signals))
 
 
