@@ -24,7 +24,7 @@ _CA, _CRL, _CERTIFICATE, _KEY = "ca-cert.pem", "ca-crl.pem", "server-cert.pem", 
 
 #: Of TLS 1.2: fresh keys for each connection, and encryption that authenticates where there is any. 1.3 has no others.
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-_PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305:kECDHEPSK+AES"
+PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305:kECDHEPSK+AES"
 _WARN_SECONDS = 14 * 86400
 
 
@@ -113,7 +113,7 @@ def _load_keys(context: ssl.SSLContext, path: str) -> PresharedKeys:
             "use certificates, or run nbdq with another Python"
         )
     keys = PresharedKeys.load(path)
-    context.set_ciphers(_PSK_CIPHERS)
+    context.set_ciphers(PSK_CIPHERS)
     context.set_psk_server_callback(keys.key_of)
     return keys
 
