@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import time
@@ -528,6 +529,27 @@ def test_tls_is_served_to_those_on_the_list(raw: Path, tmp_path: Path) -> None:
     with serve("--object", "authz-simple,id=a,identity=CN=other", "--tls-authz", "a", *words) as server:
         place = f"driver=nbd,path={server.socket},tls-creds=tls0,tls-hostname=localhost"
         assert execute("qemu-img", "info", "--image-opts", "--object", client, place).returncode == 1
+
+
+@pytest.mark.skipif(not getattr(ssl, "HAS_PSK", False), reason="pre-shared keys need Python 3.13")
+@requires("psktool", "qemu-nbd")
+def test_pre_shared_keys_are_served_and_used(raw: Path, tmp_path: Path) -> None:
+    run("psktool", "-u", "qemu", "-p", tmp_path / "keys.psk")
+    (tmp_path / "keys.psk").chmod(0o600)
+    ours, theirs = (f"tls-creds-psk,id=t,endpoint={side},dir={tmp_path}" for side in ("server", "client"))
+    with serve("-t", "-f", "raw", "--object", ours, "--tls-creds", "t", raw) as server:
+        listing = ("-L", "-k", server.socket, "--object", theirs, "--tls-creds=t")
+        assert call(*listing).stdout == run("qemu-nbd", *listing)
+        stranger = ("-L", "-k", server.socket, "--object", f"{theirs},username=stranger", "--tls-creds=t")
+        assert "TLS handshake failed" in refusal(*stranger)
+
+
+@pytest.mark.skipif(getattr(ssl, "HAS_PSK", False), reason="this Python has pre-shared keys")
+def test_pre_shared_keys_are_refused_where_there_are_none(raw: Path, tmp_path: Path) -> None:
+    for words in (("-f", "raw", "-k", tmp_path / "s", raw), ("-L", "-k", tmp_path / "s")):
+        side = "client" if "-L" in words else "server"
+        credentials = f"tls-creds-psk,id=t,endpoint={side},dir={tmp_path}"
+        assert "Python 3.13" in refusal("--object", credentials, "--tls-creds", "t", *words)
 
 
 def _make_certificates(directory: Path) -> None:

@@ -1,14 +1,19 @@
 """``-L``: what another server offers, in qemu-nbd's words."""
 
-from ssl import SSLCertVerificationError, SSLError
+import os
+import ssl
+import sys
 
 from nbdq.cli.qemu_nbd.arguments import Arguments
+from nbdq.cli.qemu_nbd.objects import Credentials
 from nbdq.cli.qemu_nbd.places import port_number
 from nbdq.client.connection import Connection, connect
 from nbdq.client.wire import ExportDetails, OptionFailed, option_name
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import OptionReply, TransmissionFlag
 from nbdq.nbd.uri import Uri
+from nbdq.server.psk import PresharedKeys
+from nbdq.server.tls import PSK_CIPHERS
 
 _TIMEOUT_SECONDS = 30.0
 
@@ -50,11 +55,13 @@ def print_exports(arguments: Arguments) -> None:
         ExportError, ProtocolError, OSError: there is no server, or it does not let us in.
     """
     uri = _uri(arguments)
+    credentials = arguments.credentials
+    context = _psk_context(credentials) if credentials is not None and credentials.psk else None
     try:
-        _print_exports(uri)
+        _print_exports(uri, context)
     except OptionFailed as error:
         raise ExportError(_failure(error)) from None
-    except SSLCertVerificationError as error:
+    except ssl.SSLCertVerificationError as error:
         if error.verify_code in _HOSTNAME_MISMATCH:
             what = f"Certificate does not match the hostname {printable(uri.query.get('tls-hostname', uri.host))}"
         elif error.verify_code in _UNKNOWN_ISSUER:
@@ -62,7 +69,7 @@ def print_exports(arguments: Arguments) -> None:
         else:
             what = f"The certificate is not trusted: {error.verify_message}"
         raise ExportError(what) from None
-    except SSLError as error:
+    except ssl.SSLError as error:
         raise ExportError(f"TLS handshake failed: {error.reason or error}") from None
     except OSError as error:
         raise ExportError(f"Failed to connect to '{uri}': {error.strerror or error}") from None
@@ -75,8 +82,8 @@ def _failure(error: OptionFailed) -> str:
     return f"{text}\nserver reported: {printable(error.text, 4096)}" if error.text else text
 
 
-def _print_exports(uri: Uri) -> None:
-    with connect(uri, timeout=_TIMEOUT_SECONDS) as connection:
+def _print_exports(uri: Uri, context: ssl.SSLContext | None) -> None:
+    with connect(uri, timeout=_TIMEOUT_SECONDS, tls=context) as connection:
         connection.structured_reply()
         found = connection.list()
         print(f"exports available: {len(found)}")
@@ -111,12 +118,24 @@ def _print_details(connection: Connection, name: str) -> None:
             print(f"   {printable(context, 4096)}")
 
 
+def _psk_context(credentials: Credentials) -> ssl.SSLContext:
+    """TLS with a pre-shared key in place of certificates (P65)."""
+    if sys.version_info < (3, 13) or not ssl.HAS_PSK:
+        raise ExportError("Failed to get TLS creds: pre-shared keys need Python 3.13 with a TLS library that has them")
+    key = PresharedKeys.load(os.path.join(credentials.directory, "keys.psk")).key_of(credentials.user)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # who knows the key is the server
+    context.set_ciphers(PSK_CIPHERS)
+    context.set_psk_client_callback(lambda hint: (credentials.user, key))
+    return context
+
+
 def _uri(arguments: Arguments) -> Uri:
     query: dict[str, str] = {}
     credentials = arguments.credentials
-    if credentials is not None:
-        if credentials.psk:
-            raise ExportError("Failed to get TLS creds: -L knows certificates only, no pre-shared keys")
+    if credentials is not None and not credentials.psk:
         query["tls-certificates"] = credentials.directory
         query["tls-verify-peer"] = str(int(credentials.verify_peer))
         hostname = arguments.tls_hostname or arguments.address

@@ -25,6 +25,8 @@ class Credentials:
     psk: bool
     """Pre-shared keys in ``keys.psk``, not certificates."""
     verify_peer: bool = True
+    user: str = "qemu"
+    """Whose key a client shows."""
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Objects:
             directory=values["dir"],
             psk=kind == "tls-creds-psk",
             verify_peer=boolean("verify-peer", values.get("verify-peer", "on")),
+            user=values.get("username", "qemu"),
         )
 
     def subjects(self, name: str) -> tuple[str, ...]:
