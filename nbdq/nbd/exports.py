@@ -1,6 +1,6 @@
 """What clients learn of exports, where the handshake finds them, and what it leads to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,14 +28,16 @@ class ExportInfo:
     """Bytes; READ and WRITE payloads beyond are refused (P128)."""
     contexts: tuple[str, ...] = ()
     """Names of the metadata contexts on offer; the position of a name is its context id."""
+    passing_contexts: tuple[str, ...] = ()
+    """Further ones, of which the same name may mean something else when there are others; their ids follow."""
     hidden_contexts: tuple[str, ...] = ()
-    """Further ones, which are there for who asks for them by name; their ids follow."""
+    """Further ones of that kind, which are there for who asks for them by name; their ids follow."""
     wide_contexts: frozenset[str] = frozenset()
     """Those of all these whose flags need 64 bits, so that only extended headers can carry them."""
 
     def __post_init__(self) -> None:
         assert TransmissionFlag.SEND_DF not in self.flags
-        for text in (self.name, self.description, *self.contexts, *self.hidden_contexts):
+        for text in (self.name, self.description, *self._all_contexts):
             self._check_text(text)
         if not 0 <= self.size < 1 << 63:
             raise ExportError(f"export {printable(self.name)}: a size of {self.size} bytes is not within 0 … 2^63 - 1")
@@ -65,11 +67,21 @@ class ExportInfo:
                 f"{MAXIMUM_PAYLOAD >> 20} MiB"
             )
 
+    @property
+    def _all_contexts(self) -> tuple[str, ...]:
+        return (*self.contexts, *self.passing_contexts, *self.hidden_contexts)
+
     def contexts_for(self, queries: Sequence[str], *, extended: bool) -> tuple[tuple[int, str], ...]:
         """(id, name) of every context that ``queries`` name in full and that the client's headers can carry (P44)."""
         wanted = set(queries) if extended else set(queries) - self.wide_contexts
-        names = (*self.contexts, *self.hidden_contexts)
-        return tuple((number, name) for number, name in enumerate(names) if name in wanted)
+        return tuple((number, name) for number, name in enumerate(self._all_contexts) if name in wanted)
+
+    def still_offered(self, selected: Iterable[tuple[int, str]], before: "ExportInfo") -> tuple[tuple[int, str], ...]:
+        """Those of the contexts ``selected`` when the export was ``before`` that mean the same now."""
+        offered = set(enumerate(self._all_contexts))
+        if (before.passing_contexts, before.hidden_contexts) != (self.passing_contexts, self.hidden_contexts):
+            offered = set(enumerate(self.contexts))
+        return tuple(context for context in selected if context in offered)
 
     def wire_flags(self, *, structured: bool, status_payload: bool = False) -> TransmissionFlag:
         """The transmission flags as a client sees them (1.6): DF exactly when structured replies are agreed,

@@ -82,7 +82,7 @@ class Handshake:
         self._padded = True  # the client wants the 124 zeroes of EXPORT_NAME (P30)
         self._structured = False
         self._extended = False  # extended headers, which imply structured replies (P40)
-        self._selected_export: str | None = None
+        self._selected_from: ExportInfo | None = None
         self._selected_contexts: tuple[tuple[int, str], ...] = ()
         self._shutting_down = False
 
@@ -125,7 +125,7 @@ class Handshake:
         self.starting_tls = False
         self._secure = True
         self._structured = self._extended = False
-        self._selected_export, self._selected_contexts = None, ()
+        self._selected_from, self._selected_contexts = None, ()
 
     def shut_down(self) -> None:
         """Answer further options with ERR_SHUTDOWN, except ABORT (P99)."""
@@ -193,7 +193,7 @@ class Handshake:
 
     def _answer(self, option: int, data: bytes | None) -> None:
         if option == Option.SET_META_CONTEXT:  # replaces the selection even if it fails, however it fails (P42)
-            self._selected_export, self._selected_contexts = None, ()
+            self._selected_from, self._selected_contexts = None, ()
         if not self._fixed and option != Option.EXPORT_NAME:
             raise OptionRefused(OptionReply.ERR_POLICY, "the client did not agree to fixed newstyle negotiation")
         if option == Option.ABORT:  # whatever it carries (P26)
@@ -292,7 +292,8 @@ class Handshake:
 
     def _listed_contexts(self, export: ExportInfo, queries: Sequence[str]) -> list[str]:
         """What LIST shows: without queries everything but what is hidden (P41), which has to be named."""
-        meant = [name for name in export.contexts if not queries or any(_means(query, name) for query in queries)]
+        listed = (*export.contexts, *export.passing_contexts)
+        meant = [name for name in listed if not queries or any(_means(query, name) for query in queries)]
         return [name for _, name in export.contexts_for([*queries, *meant], extended=self._extended)]
 
     def _set_meta_context(self, data: bytes) -> None:
@@ -303,7 +304,7 @@ class Handshake:
         if len(selected) > MAXIMUM_CONTEXTS:
             text = f"{len(selected)} metadata contexts selected; the limit is {MAXIMUM_CONTEXTS}"
             raise OptionRefused(OptionReply.ERR_TOO_BIG, text)
-        self._selected_export, self._selected_contexts = export.name, selected
+        self._selected_from, self._selected_contexts = export, selected
         self._replies += [messages.meta_context(Option.SET_META_CONTEXT, *context) for context in selected]
         self._replies.append(messages.ack(Option.SET_META_CONTEXT))
 
@@ -323,8 +324,11 @@ class Handshake:
         return export
 
     def _agreed(self, export: ExportInfo) -> Negotiated:
-        same = export.name == self._selected_export  # a selection made for another export counts for nothing (P43)
-        return Negotiated(export, self._structured, self._selected_contexts if same else (), self._extended)
+        contexts: tuple[tuple[int, str], ...] = ()
+        before = self._selected_from
+        if before is not None and before.name == export.name:  # one for another export counts for nothing (P43)
+            contexts = export.still_offered(self._selected_contexts, before)
+        return Negotiated(export, self._structured, contexts, self._extended)
 
     def _begin_transmission(self, export: ExportInfo) -> None:
         self.negotiated = self._agreed(export)

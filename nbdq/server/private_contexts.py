@@ -115,11 +115,12 @@ def with_private_contexts(info: ExportInfo, layers: Sequence[ShownLayer]) -> Exp
     """``info`` with what there is to know of ``layers``, in the place of what there was."""
     public = tuple(name for name in info.contexts if not name.startswith(_NAMESPACE))
     if not layers:
-        return replace(info, contexts=public, hidden_contexts=())
+        return replace(info, contexts=public, passing_contexts=(), hidden_contexts=())
     shown, hidden = since_names(layers)
     return replace(
         info,
-        contexts=(*public, *PRIVATE, *shown),
+        contexts=(*public, *PRIVATE),
+        passing_contexts=tuple(shown),
         hidden_contexts=tuple(hidden),
         wide_contexts=frozenset({HOST_OFFSET}),
     )

@@ -3,6 +3,7 @@
 import random
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -767,6 +768,27 @@ def test_hidden_contexts_can_be_selected_and_wide_ones_with_extended_headers_onl
     assert contexts_in(outcome.replies) == [(1, b"x-a:wide"), (3, b"x-a:hidden"), (4, b"x-a:hidden-wide")]
     outcome = shake_three_ways(NO_ZEROES + option(STRUCTURED_REPLY) + select, make)
     assert contexts_in(outcome.replies) == [(3, b"x-a:hidden")]
+
+
+def test_a_selection_keeps_what_still_means_the_same_when_an_export_changes_before_go() -> None:
+    """As a snapshot at that moment lets the first layer be the second."""
+
+    def agreed(**changes: object) -> tuple[tuple[int, str], ...]:
+        before = replace(SECRETIVE, passing_contexts=("x-a:first", "x-a:second"))
+        directory = Directory([before], {})
+        handshake = Handshake(directory)
+        queries = ("base:allocation", "x-a:narrow", "x-a:first", "x-a:hidden")
+        handshake.receive(NO_ZEROES + EXTENDED + meta(SET_META_CONTEXT, "disk", *queries))
+        directory.exports = [replace(before, **changes)]
+        handshake.receive(info(GO, "disk"))
+        assert handshake.negotiated is not None
+        return handshake.negotiated.contexts
+
+    everything = ((0, "base:allocation"), (2, "x-a:narrow"), (3, "x-a:first"), (5, "x-a:hidden"))
+    assert agreed() == agreed(size=1024) == everything
+    assert agreed(passing_contexts=("x-a:first", "x-a:second", "x-a:third")) == everything[:2]
+    assert agreed(hidden_contexts=("x-a:hidden",)) == everything[:2]
+    assert agreed(contexts=("base:allocation",), passing_contexts=(), hidden_contexts=()) == everything[:1]
 
 
 # What real clients send.
