@@ -9,18 +9,21 @@ import ssl
 import stat
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from nbdq.chain.raw_disk import RawDisk
 from nbdq.cli.qemu_nbd.arguments import parse
-from nbdq.cli.qemu_nbd.devices import WriteThrough
+from nbdq.cli.qemu_nbd.devices import GuardedRaw, WriteThrough
 from nbdq.cli.qemu_nbd.image import Image, parse_image
 from nbdq.cli.qemu_nbd.main import main
 from nbdq.cli.qemu_nbd.objects import Objects
 from nbdq.cli.qemu_nbd.usage import HELP
 from nbdq.errors import ExportError
+from nbdq.storage import FileStorage
 from tests.support.qemu_nbd import COMMAND, call, refusal, serve
 from tests.support.serving import PATIENCE
 from tests.support.tools import execute, requires, run
@@ -460,6 +463,22 @@ def test_a_disk_that_is_guessed_to_be_raw_cannot_become_an_image(raw: Path, tmp_
         image.write_bytes(b"QFI\xfb" + bytes(508))
         assert "Operation not permitted" in io(server.uri(), f"write -s {image} 0 512")
     assert raw.read_bytes()[:512] == b"\1" * 512
+
+
+def test_a_beginning_of_an_image_cannot_be_put_together_either(raw: Path) -> None:
+    device = RawDisk(FileStorage.open(str(raw), writable=True))
+    with closing(device):
+        disk = GuardedRaw(device)
+        disk.write(0, memoryview(b"QF"))
+        with pytest.raises(PermissionError):
+            disk.write(2, memoryview(b"I\xfb"))
+        disk.write(0, memoryview(b"QEDx"))
+        with pytest.raises(PermissionError):
+            disk.zero(3, 600, unmap=False)
+        assert not disk.write_cached(511, memoryview(b"12"))
+        disk.write(510, memoryview(b"QFI\xfb"))
+        disk.discard(0, MIB)
+        assert raw.read_bytes()[:5] == b"QEDx\0"
 
 
 @requires("qemu-img")

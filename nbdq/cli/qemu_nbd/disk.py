@@ -123,7 +123,7 @@ def _shown(arguments: Arguments, image: Image, device: BlockDevice) -> BlockDevi
         return device
     disk = cast(WritableBlockDevice, device)
     if image.guessed and image.format == "raw" and not arguments.snapshot:
-        disk = GuardedRaw(disk, 0)
+        disk = GuardedRaw(disk)
     for offset, size in parts:
         disk = WritableWindow(disk, offset, size)
     return WriteThrough(disk, 0) if arguments.write_through else disk
