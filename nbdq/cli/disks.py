@@ -17,7 +17,7 @@ from nbdq.admin.service import Administration
 from nbdq.chain.clusters import ClusterCache
 from nbdq.cli.settings import ExportSettings
 from nbdq.cli.volumes import open_chain, wish_of
-from nbdq.errors import ExportError, NbdqError, OperationError, in_words, printable
+from nbdq.errors import ExportError, NbdqError, in_words, printable
 from nbdq.server.derived import Derivation
 from nbdq.server.export import Export, Exports
 from nbdq.server.threads import in_thread
@@ -41,7 +41,10 @@ class Wanted:
     where: str = ""
     """Where that is written, for errors."""
     is_required: bool = True
-    """Otherwise, if it cannot be offered, the log says so, and everything else is done."""
+    """Otherwise, if it cannot be offered, the log says so, and everything else is done; and a disk that is open for
+    reading only stays so."""
+    is_lower: bool = False
+    """Another image lies over it, so it is opened for reading only."""
 
     def failed(self, error: Exception) -> ExportError:
         """The error in the name of whoever wants it."""
@@ -73,10 +76,25 @@ class _Change:
     opened: list[_Disk] = field(default_factory=list)
     disks: dict[str, list[_Disk]] = field(default_factory=dict)
     """Those that are or will be open, by the places of their images."""
+    tops: dict[Identity, _Disk] = field(default_factory=dict)
+    """Disks whose top is another image by now, by that."""
     names: set[str] = field(default_factory=set)
     default: str = ""
     is_partial: bool = False
     """Whether more is to be opened, and so another change has to follow."""
+
+    def note(self, disk: _Disk) -> None:
+        """It is or will be open."""
+        self.disks.setdefault(disk.place, []).append(disk)
+        top = disk.volume.chain.layers[0].storage.identity
+        if top != disk.identity:
+            self.tops[top] = disk
+
+    def find(self, wanted: Wanted) -> _Disk | None:
+        """The disk whose image is that file; if there is no file, it was of that place."""
+        place, identity = os.path.realpath(wanted.settings.image), _identity(wanted.settings.image)
+        found = next((disk for disk in self.disks.get(place, ()) if identity in (None, disk.identity)), None)
+        return self.tops.get(identity) if found is None and identity is not None else found
 
     def abandon(self) -> None:
         """Close what was opened; nobody has used it."""
@@ -185,17 +203,25 @@ class Disks:
     # Preparing: on any thread, changing nothing that anybody sees.
 
     def _prepare(self, wanted: Sequence[Wanted], at_once: int) -> _Change:
-        change = _Change(written={os.path.realpath(each.settings.image) for each in wanted if each.settings.writable})
+        writers = {each.settings.image for each in wanted if each.settings.writable and not each.is_lower}
+        change = _Change(written=set(map(os.path.realpath, writers)))
         for there in self._disks:
-            change.disks.setdefault(there.place, []).append(there)
+            change.note(there)
         index_bytes = self._index_bytes // max(len(wanted), 1)
         complaints: dict[str, str] = {}
         try:
             for each in sorted(wanted, key=lambda each: not each.is_required):
-                disk = self._find(each.settings, change)
-                if disk is None and not each.is_required and len(change.opened) >= at_once:
-                    change.is_partial = True
-                    continue
+                disk = change.find(each)
+                if not each.is_required:
+                    if disk is None and len(change.opened) >= at_once:
+                        change.is_partial = True
+                        continue
+                    if disk is not None and disk.place != os.path.realpath(each.settings.image):
+                        continue  # it lies over a disk, which keeps the name of the image that it began with
+                    is_read_only = each.is_lower if disk is None else disk.volume.chain.read_only
+                    each = replace(
+                        each, settings=replace(each.settings, read_only=each.settings.read_only or is_read_only)
+                    )
                 try:
                     self._prepare_one(each.settings, disk, change, index_bytes=index_bytes)
                 except (NbdqError, OSError) as error:
@@ -220,7 +246,7 @@ class Disks:
         if disk is None:
             disk = self._open(settings, change, index_bytes)
             change.opened.append(disk)
-            change.disks.setdefault(disk.place, []).append(disk)
+            change.note(disk)
         else:
             _check_openings(disk, settings)
         known = disk.shown.get(name)
@@ -235,11 +261,6 @@ class Disks:
         change.names.add(name)
         if settings.default:
             change.default = name
-
-    def _find(self, settings: ExportSettings, change: _Change) -> _Disk | None:
-        """The disk whose image is that file; if there is no file, it was of that place."""
-        place, identity = os.path.realpath(settings.image), _identity(settings.image)
-        return next((disk for disk in change.disks.get(place, ()) if identity in (None, disk.identity)), None)
 
     def _open(self, settings: ExportSettings, change: _Change, index_bytes: int) -> _Disk:
         identity = _identity(settings.image)
@@ -330,10 +351,11 @@ class Disks:
                     return
                 try:
                     await self._administration.dismiss(volume)
-                except OSError as error:
-                    _log.error("%s: what was written last may be lost: %s", printable(volume.name), in_words(error))
-                except OperationError as error:
-                    _log.debug("not closed yet: %s", error)
+                except (NbdqError, OSError) as error:
+                    if volume.is_closed:
+                        _log.error("%s: what was written last may be lost: %s", printable(volume.name), in_words(error))
+                    else:
+                        _log.debug("not closed yet: %s", error)
                 if volume.is_closed:
                     self._disks.remove(disk)
                     _log.info("%s is closed", printable(volume.name))

@@ -78,10 +78,11 @@ def _images_in(directory: DirectorySettings) -> list[Wanted]:
                 image=found.path,
                 name=directory.prefix + found.name,
                 format=found.format,
-                read_only=directory.read_only or found.has_overlay,
+                read_only=directory.read_only,
                 **offer,
             ),
             is_required=False,
+            is_lower=found.has_overlay,
         )
         for found in list_images(directory.path, formats)
     ]
@@ -157,6 +158,8 @@ class Reloader:
             except (NbdqError, OSError) as error:
                 for line in report(error):
                     _log.error("not reloaded: %s", line)
+            except Exception:
+                _log.exception("not reloaded")
             finally:
                 self._notifier.reloaded()
 
@@ -171,6 +174,8 @@ class Reloader:
                     await self._disks.change(await in_thread(self._catalogue.wanted, self._settings))
                 except (NbdqError, OSError) as error:
                     _log.warning("export directories: %s", in_words(error))
+                except Exception:
+                    _log.exception("export directories")
 
 
 def _check_fixed(before: Settings, after: Settings) -> None:

@@ -17,6 +17,7 @@ from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import ResolvedLayer
 from nbdq.chain.views import SnapshotView, View, open_view, size_of, snapshot_views
 from nbdq.errors import ImageError, NbdqError
+from nbdq.server.rate import Rates
 from nbdq.server.wish import Wish
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[Derived]:
     permits, the first counts (Q61); one without a name goes by its id.
     """
     wish, layers = derivation.wish, chain.layers
-    common = replace(wish, writable=False, bitmaps=())
+    common = replace(wish, writable=False, bitmaps=(), rates=Rates())
     found: dict[str, Derived] = {}
     if derivation.snapshots:
         for snapshot in _snapshots(layers[0]):

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Seque
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from nbdq.block import BlockDevice
 from nbdq.chain.bitmaps import find_bitmaps, live_bitmap
@@ -286,23 +285,19 @@ class Volume:
             self._derivations[name] = derivation
 
     def policy_changed(self, export: Export) -> None:
-        """What came along with ``export`` obeys the same policy from now on."""
-        derivation = self._derivations.get(export.info.name)
-        if derivation is None:
-            return
-        policy: dict[str, Any] = {
-            "access": export.access,
-            "rates": export.rates,
-            "maximum_connections": export.maximum_connections,
-        }
-        self._derivations[export.info.name] = replace(derivation, wish=replace(derivation.wish, **policy))
+        """What came along with ``export`` obeys the same policy from now on, and shares its rates."""
         for shown in self._shown.values():
             if shown.parent == export.info.name:
-                shown.export.obey(**policy)
+                self._obey_parent(shown.export, export)
+
+    def _obey_parent(self, export: Export, parent: Export) -> None:
+        export.access = parent.access
+        export.maximum_connections = parent.maximum_connections
+        export.throttle = parent.throttle
 
     def derive_now(self) -> None:
         """Offer what the derivations say, before the server runs."""
-        self._offer_derived(self._derived_wishes())
+        self._offer_derived(self._derived_wishes(list(self._derivations.values())))
 
     def derive_soon(self) -> None:
         """Offer what the derivations say now, once nobody restructures the disk; who did so calls this afterwards."""
@@ -314,12 +309,12 @@ class Volume:
         while self._derive_again:
             self._derive_again = False
             async with self.steady():
-                wanted = await in_thread(self._derived_wishes)
+                wanted = await in_thread(self._derived_wishes, list(self._derivations.values()))
                 if not self.is_restructured():
                     self._offer_derived(wanted)
 
-    def _derived_wishes(self) -> list[Derived]:
-        return [found for each in self._derivations.values() for found in derived_wishes(self.chain, each)]
+    def _derived_wishes(self, derivations: Sequence[Derivation]) -> list[Derived]:
+        return [found for each in derivations for found in derived_wishes(self.chain, each)]
 
     def _offer_derived(self, wanted: Sequence[Derived]) -> None:
         kept = {each.wish.name: (each.wish.view, each.size, each.parent) for each in wanted}
@@ -330,17 +325,15 @@ class Volume:
             elif not export.clients:
                 self._show(shown)  # what was opened may not be what is there now
         for each in wanted:
-            wish = each.wish
-            if each.parent not in self._derivations:
+            parent = self._directory.by_name.get(each.parent)
+            if parent is None or each.parent not in self._derivations:
                 continue  # taken back while this was found out
-            there = self._directory.by_name.get(wish.name)
-            if there is None:
+            if each.wish.name not in self._directory.by_name:
                 try:
-                    self.offer(self.make(replace(wish, id=self._directory.free_id(wish.id)), derived=each))
+                    shown = self.make(replace(each.wish, id=self._directory.free_id(each.wish.id)), derived=each)
+                    self._obey_parent(self.offer(shown), parent)
                 except ExportError as error:
                     _log.info("not offered: %s", error)
-            elif there.is_derived:
-                there.obey(access=wish.access, rates=wish.rates, maximum_connections=wish.maximum_connections)
 
     def withdraw_derived(self, layers: Collection[str] | None = None) -> None:
         """Until :meth:`derive_soon`, take those back that nobody uses and that show one of these layers, or any."""

@@ -169,6 +169,17 @@ def test_snapshots_and_jobs_go_on_through_reloads(images: list[Path], tmp_path: 
         qemu_io(server, "read -P 9 0 1M", export="one")
 
 
+def test_the_file_may_follow_a_disk_to_its_new_top(images: list[Path], tmp_path: Path) -> None:
+    one, top = images[0], tmp_path / "top.qcow2"
+    with configured(export(one, name="disk")) as server, connect(server, "disk") as client:
+        server("blockdev-snapshot-sync", device="disk", snapshot_file=str(top))
+        server.reload(export(top, name="disk", description="same disk"))
+        assert client.error(WRITE, 0, 512, payload=b"x" * 512) == 0
+        with connect(server, "disk") as other:
+            assert other.read(0, 512) == b"x" * 512
+        assert len(server("query-block")) == 1
+
+
 def test_what_needs_a_new_start_is_refused(images: list[Path], tmp_path: Path) -> None:
     one = images[0]
     with configured(export(one)) as server:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nbdq.admin.client import AdminError
-from tests.server.client import Client
+from tests.server.client import READ, Client
 from tests.support.administration import qemu_io, verified_load
 from tests.support.configured import Configured, configured, eventually
 from tests.support.tools import execute, requires, run
@@ -132,6 +132,24 @@ def test_the_policy_of_the_disk_applies(paths: list[Path]) -> None:
         with connect(server, "vm#1"):
             assert execute("nbdinfo", server.uri("vm#1")).returncode != 0
             run("nbdinfo", "--size", server.uri("vm#2"))
+
+
+def test_the_rates_of_the_disk_are_for_all_that_comes_along_with_it(paths: list[Path]) -> None:
+    """Whoever uses up what the disk may do has used it up for its layers, too."""
+    with configured(body(paths[0], rate="{ requests = 1, burst = 30 }")) as server:
+        with connect(server, "vm#1") as client:
+            for _ in range(30):
+                client.read(0, 512)
+            with connect(server, "vm") as other:
+                other.send(READ, 0, 512)
+                other.socket.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    other.socket.recv(1)
+        server.reload(body(paths[0]))
+        eventually(lambda: server.names() == ALL, "something is missing")
+        with connect(server, "vm#2") as client:
+            for _ in range(100):
+                client.read(0, 512)
 
 
 def test_administrators_may_ask_for_them_change_their_policy_and_take_them_back(paths: list[Path]) -> None:

@@ -154,6 +154,17 @@ def test_images_that_others_lie_over_are_not_written_to(directory: Path) -> None
         run("qemu-io", "-f", "raw", "-r", "-c", "read -P 0 0 4k", server.uri("base.qcow2"))
 
 
+@requires("qemu-img", "nbdinfo", "qemu-io")
+def test_a_disk_keeps_its_name_and_stays_writable_when_a_snapshot_is_put_over_it(directory: Path) -> None:
+    image(directory, "one.qcow2")
+    with configured(section(directory, read_only="false")) as server:
+        server("blockdev-snapshot-sync", device="one.qcow2", snapshot_file=str(directory / "new.qcow2"))
+        image(directory, "two.qcow2")
+        shows(server, "one.qcow2", "two.qcow2")
+        run("qemu-io", "-f", "raw", "-c", "write -P 1 0 4k", server.uri("one.qcow2"))
+        assert "not offered" not in server.server.stderr
+
+
 @requires("qemu-img", "nbdinfo")
 def test_an_export_of_the_file_wins_over_one_of_the_directory(directory: Path, tmp_path: Path) -> None:
     image(directory, "one.qcow2")

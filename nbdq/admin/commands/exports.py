@@ -196,6 +196,7 @@ def _described(volume: Volume, export: Export, context: Context) -> dict[str, An
         "x-nbdq-clients": len(export.clients),
         "x-nbdq-max-connections": export.maximum_connections,
         "x-nbdq-paused": export.is_held,
+        "x-nbdq-derived": export.is_derived,
     }
     access, rates = export.access, export.rates
     if access != Access():
