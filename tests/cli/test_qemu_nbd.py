@@ -9,6 +9,7 @@ import ssl
 import stat
 import subprocess
 import time
+import tomllib
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
@@ -587,6 +588,11 @@ def _make_certificates(directory: Path) -> None:
         if name != "ca":
             how += ["--load-ca-privkey", directory / "ca-key.pem", "--load-ca-certificate", directory / "ca-cert.pem"]
         run("certtool", *map(str, how), "--load-privkey", key, "--template", template, "--outfile", certificate)
+
+
+def test_it_is_installed_under_its_name() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["nbdq-qemu-nbd"] == f"{main.__module__}:{main.__name__}"
 
 
 def test_every_option_is_documented() -> None:
