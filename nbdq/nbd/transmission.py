@@ -306,7 +306,7 @@ class Transmission:
         request = self._writing
         self.payloads.append(self._memory)
         self._writing = None
-        self._memory = _NO_PAYLOAD
+        self._memory = self._rest = _NO_PAYLOAD  # an empty rest would hold the memory, too
         if request[4] >= _LARGE_PAYLOAD:
             self._open = self._view[:_LITTLE]
         return [request]

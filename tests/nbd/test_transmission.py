@@ -203,6 +203,25 @@ def test_the_rest_of_a_large_payload_is_received_where_it_stays() -> None:
     assert payload == content
 
 
+def test_nothing_holds_the_memory_of_a_payload_that_was_taken() -> None:
+    transmission = begin()
+    payload = noise(1 << 20)
+    transmission.buffer()[:28] = request(WRITE, 1, 0, len(payload))
+    transmission.received(28)
+    memory = bytearray(transmission.wanted)
+    transmission.provide(memoryview(memory))
+    position = 0
+    while position < len(payload):
+        room = transmission.buffer()
+        count = min(len(room), len(payload) - position)
+        room[:count] = payload[position : position + count]
+        del room
+        transmission.received(count)
+        position += count
+    assert transmission.payloads.popleft() == payload
+    memory.append(0)  # which fails while there is a view of it
+
+
 def test_the_request_behind_a_large_payload_is_looked_for_before_more_of_the_next_payload_is_received() -> None:
     transmission = begin()
     receive(transmission, request(WRITE, 1, 0, MIB) + bytes(MIB))
