@@ -22,7 +22,7 @@ from nbdq.server.resources import Resources
 from nbdq.storage import FileStorage
 
 #: Bytes taken from the socket at once, and encrypted at once; so much a connection holds at most (R-17).
-_RECEIVE_SIZE = 64 << 10
+_RECEIVE_SIZE = 128 << 10
 _SEND_SIZE = 64 << 10
 #: Bytes that are encrypted in one turn of the loop: a third of a millisecond.
 _TURN_SIZE = 1 << 20
