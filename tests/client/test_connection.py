@@ -52,7 +52,7 @@ def test_the_client_reads_what_is_there(uri: str, structured: bool) -> None:
         if structured:
             extents = session.block_status(0, 1 << 20)["base:allocation"]
             assert sum(extent.length for extent in extents) == 1 << 20
-        with pytest.raises(OSError, match="."):
+        with pytest.raises(OSError, match=r"EOF|Invalid argument"):
             session.read(1 << 20, 1)
         session.disconnect()
 
@@ -82,7 +82,7 @@ def test_extended_headers_are_used_where_both_have_them(tmp_path: Path) -> None:
         session.write(5, b"hello", fua=True)
         assert session.read(0, 12) == bytes(5) + b"hello" + bytes(2)
         [rest] = session.block_status(1 << 39, 1 << 39)["base:allocation"]
-        assert rest.length == 1 << 39
+        assert rest.length > 1 << 32
         session.flush()
         session.disconnect()
 
