@@ -103,9 +103,9 @@ def test_clients_share_a_rate_evenly_however_much_each_has_ready() -> None:
     throttle, (one, two) = waiters(time, Rates(requests=1000), small, small)
     three = Waiter(throttle, small, depth=1)
     three.serve()
-    time.run_until(100)
+    time.run_until(20)
     counts = [one.requests, two.requests, three.requests]
-    assert sum(counts) == pytest.approx(101 * 1000, rel=0.01)
+    assert sum(counts) == pytest.approx(21 * 1000, rel=0.01)
     assert max(counts) - min(counts) <= 1100, "but for the burst, which the first one got"
 
 
@@ -144,11 +144,11 @@ def test_a_client_gets_what_the_rate_allows_and_no_processor_time_is_spent_on_wa
     export = Export.read_only("", MemoryDisk(CONTENT), rates=Rates(requests=200, burst=0.1))
     with LoopServer(export, loop=loop) as server:
         client = server.connect().go()
-        begun, busy = time.monotonic(), time.thread_time()
+        begun, busy = time.monotonic(), server.call(time.thread_time)
         client.send_beside(b"".join(client.pack(READ, 0, 512) for _ in range(220)))
         assert len(client.replies()) == 220
         assert time.monotonic() - begun >= (220 - 20) / 200 * 0.9
-        assert server.call(time.thread_time) < 0.5 + busy
+        assert server.call(time.thread_time) - busy < 0.5
 
 
 def test_bytes_are_limited_over_all_connections_in_both_directions(loop: str) -> None:
