@@ -21,8 +21,9 @@ from nbdq.server.psk import PresharedKeys
 from nbdq.server.resources import Resources
 from nbdq.storage import FileStorage
 
-#: Bytes taken from the socket at once, and encrypted at once; so much a connection holds at most (R-17).
-_RECEIVE_SIZE = 128 << 10
+#: Bytes taken from the socket at once, and encrypted at once. The buffers in memory keep the size that they once had:
+#: twice as much saves an eighth of the time, and costs each connection 100 KiB for each of the two (R-17).
+_RECEIVE_SIZE = 64 << 10
 _SEND_SIZE = 64 << 10
 #: Bytes that are encrypted in one turn of the loop: a third of a millisecond.
 _TURN_SIZE = 1 << 20
