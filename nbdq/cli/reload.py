@@ -137,7 +137,9 @@ class Reloader:
     def start(self) -> None:
         """Reload on SIGHUP from now on, and look at directories of exports as often as the settings say."""
         hung_up = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
+        loop = asyncio.get_running_loop()
+        # No handler of the loop's, which would be gone with the loop, when disks are still being saved.
+        signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(hung_up.set))
         self._tasks = [asyncio.create_task(self._on_hangups(hung_up)), asyncio.create_task(self._rescan())]
 
     async def stop(self) -> None:

@@ -24,6 +24,7 @@ class StopSignals:
         self._is_starting = True
 
     def __enter__(self) -> Self:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something that could be read again
         for number in _SIGNALS:
             signal.signal(number, self._handle)
         return self

@@ -70,11 +70,13 @@ class Notifier:
         self._send("READY=1")
 
     def stopping(self, status: str, *, within: float) -> None:
-        """The server ends, and may take ``within`` seconds from now for that; may be told again."""
-        if self._address:
-            self._describe = lambda: status
-            self._told = status
-        self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}", f"STATUS={status}")
+        """The server ends, and may take ``within`` seconds from now for that, without a word in between; may be told
+        again."""
+        self._describe = lambda: status
+        self._told = status
+        wanted = f"{int(within * 1e6)}"
+        watchdog = [f"WATCHDOG_USEC={wanted}"] if self._watchdog_seconds else []
+        self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={wanted}", *watchdog, f"STATUS={status}")
 
     def _send(self, *lines: str) -> None:
         if not self._address:

@@ -465,6 +465,7 @@ def test_a_service_manager_hears_how_the_server_is(
             server.process.terminate()
             stopping = manager.hear_until("STOPPING")
             assert int(stopping["EXTEND_TIMEOUT_USEC"]) > 30e6
+            assert stopping["WATCHDOG_USEC"] == stopping["EXTEND_TIMEOUT_USEC"]  # which nobody feeds while disks are saved
             assert "saving" in manager.hear_until("STOPPING")["STATUS"]
             server.process.wait(PATIENCE)
 
@@ -570,9 +571,10 @@ async def serve(signals):
     signals.ignore()
 
 with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGHUP)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(signals))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(os.getpid(), number)
     print("saved")
 os.kill(os.getpid(), signal.SIGTERM)
