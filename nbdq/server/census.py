@@ -6,6 +6,7 @@ whoever has most has to go once it is a second old, or a tenth of that if he has
 ones take milliseconds; who only fills the place makes room.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from ipaddress import IPv6Address
@@ -16,6 +17,8 @@ from nbdq.nbd.ending import Ending
 from nbdq.nbd.messages import OptionRefused
 from nbdq.server.limits import Limits
 from nbdq.server.peer import Peer
+
+_log = logging.getLogger(__name__)
 
 #: A client's host, or the network of a host that has one to itself, or its user.
 Source = tuple[str, int]
@@ -108,19 +111,25 @@ class Census:
         """
         limits = self.limits
         if self._using.total() >= limits.connections:
-            raise OptionRefused(OptionReply.ERR_POLICY, f"the server has its {limits.connections} clients; try later")
+            raise full(peer, f"the server has its {limits.connections} clients; try later", "connections")
         if limits.peer_connections and self._using[source_of(peer)] >= limits.peer_connections:
-            text = f"{limits.peer_connections} connections from where you are; that is all that one client may have"
-            raise OptionRefused(OptionReply.ERR_POLICY, text)
+            text = f"there are {limits.peer_connections} connections from where you are; that is all that one may have"
+            raise full(peer, text, "peer-connections")
 
-    def check_room_for_tls(self) -> None:
+    def check_room_for_tls(self, peer: Peer) -> None:
         """
         Raises:
             OptionRefused: there are enough clients that use TLS.
         """
         limit = self.limits.tls_connections
         if limit and sum(peer.secure for peer in self._peers.values()) >= limit:
-            raise OptionRefused(OptionReply.ERR_POLICY, f"the server has its {limit} clients that use TLS; try later")
+            raise full(peer, f"the server has its {limit} clients that use TLS; try later", "tls-connections")
+
+
+def full(peer: Peer, text: str, limit: str) -> OptionRefused:
+    """What tells ``peer`` that it is one too many; the log tells the operator which limit that is."""
+    _log.warning("%s: refused: %s (limit %s)", peer, text, limit)
+    return OptionRefused(OptionReply.ERR_POLICY, text)
 
 
 def source_of(peer: Peer) -> Source:

@@ -11,7 +11,7 @@ from nbdq.errors import printable
 from nbdq.nbd.constants import OptionReply
 from nbdq.nbd.exports import ExportInfo, Negotiated
 from nbdq.nbd.messages import OptionRefused
-from nbdq.server.census import Census
+from nbdq.server.census import Census, full
 from nbdq.server.export import Export, Exports
 from nbdq.server.peer import Peer
 
@@ -53,7 +53,7 @@ class Entrance:
         Raises:
             OptionRefused: there are enough clients that use TLS.
         """
-        self._census.check_room_for_tls()
+        self._census.check_room_for_tls(self._peer)
 
     def chosen(self, negotiated: Negotiated) -> Export | None:
         """The export that a handshake has led to; None if it is not any more what the client was told."""
@@ -73,5 +73,5 @@ class Entrance:
         limit = export.maximum_connections or self._census.limits.export_connections
         if limit and len(export.clients) >= limit:
             text = f"export '{printable(export.info.name)}' has its {limit} clients; try later"
-            raise OptionRefused(OptionReply.ERR_POLICY, text)
+            raise full(self._peer, text, "max-connections" if export.maximum_connections else "export-connections")
         self._census.check_room(self._peer)

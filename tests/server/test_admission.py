@@ -58,6 +58,18 @@ def test_who_is_one_too_many_is_told_so_and_can_have_the_place_of_who_leaves(
         refused(server.connect())
 
 
+@pytest.mark.parametrize(
+    ("limits", "name"), [(Limits(connections=1), "connections"), (Limits(peer_connections=1), "peer-connections")]
+)
+def test_the_log_names_the_limit_that_was_reached(
+    disk: MemoryDisk, limits: Limits, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LoopServer(Export.read_only("", disk), limits=limits) as server, caplog.at_level("WARNING", "nbdq"):
+        server.connect().go()
+        refused(server.connect())
+    assert f"(limit {name})" in caplog.text
+
+
 def test_an_export_that_is_full_keeps_nobody_from_the_others(loop: str, disk: MemoryDisk) -> None:
     exports = Export.read_only("small", disk, maximum_connections=1), Export.read_only("large", disk)
     with LoopServer(*exports, loop=loop) as server:
