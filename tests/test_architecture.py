@@ -89,7 +89,7 @@ RESERVED: dict[str, set[str]] = {
     "signal": SHELL,
     "select": {"nbdq.server.listener", "nbdq.client"},
     "socket": SHELL | {"nbdq.client"},
-    "ssl": SHELL | {"nbdq.client"},
+    "ssl": SHELL | {"nbdq.client", "nbdq.probe"},
     "uvloop": SHELL,
     "click": {"nbdq.cli"},
     "prometheus_client": {"nbdq.server.metrics"},  # takes long to import, and only those wait who want it

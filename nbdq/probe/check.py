@@ -1,18 +1,17 @@
 """What a check is: one rule of the protocol, and a function that finds out whether a server keeps it.
 
-A check is a function of a :class:`~nbdq.probe.target.Target`; the first sentence of its docstring is the rule. It
-returns if the server keeps it, and otherwise raises :class:`Deviation`, or lets the client's ``ProtocolError`` and
-``OSError`` say it.
+A check is a function of a :class:`Target`; the first sentence of its docstring is the rule. It returns if the server keeps
+it, and otherwise raises :class:`~nbdq.probe.findings.Deviation`, or lets the client's ``ProtocolError`` and ``OSError``
+say it.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from nbdq.probe.target import Target
+from nbdq.probe.target import Target
 
 
 class Level(Enum):
@@ -24,18 +23,6 @@ class Level(Enum):
     """Not in the specification: what clients rely on, or what keeps a server safe from them."""
 
 
-class Deviation(Exception):
-    """The server does not keep the rule: what it did instead, in one line."""
-
-
-class NotApplicable(Exception):
-    """The rule is about something that this server or export does not have."""
-
-
-class NotTested(Exception):
-    """The rule could be tested, but not now: what is missing."""
-
-
 @dataclass(frozen=True)
 class Check:
     """One rule and its test."""
@@ -43,7 +30,7 @@ class Check:
     items: tuple[str, ...]
     """Numbers of the rules in nbdq's checklist of the protocol."""
     level: Level
-    function: "Callable[[Target], None]"
+    function: Callable[[Target], None]
     writes: bool
     """It changes what the export contains, or might if the server is wrong."""
     slow: bool
@@ -67,17 +54,11 @@ CHECKS: Final[list[Check]] = []
 
 def check(
     items: str, level: Level, *, writes: bool = False, slow: bool = False, plain: bool = False
-) -> "Callable[[Callable[[Target], None]], Callable[[Target], None]]":
+) -> Callable[[Callable[[Target], None]], Callable[[Target], None]]:
     """Make a function a check of the rules ``items``, which are separated by spaces."""
 
-    def register(function: "Callable[[Target], None]") -> "Callable[[Target], None]":
+    def register(function: Callable[[Target], None]) -> Callable[[Target], None]:
         CHECKS.append(Check(tuple(items.split()), level, function, writes, slow, plain))
         return function
 
     return register
-
-
-def expect(condition: object, observed: str) -> None:
-    """Deviate with what was ``observed`` unless ``condition`` holds."""
-    if not condition:
-        raise Deviation(observed)

@@ -13,7 +13,8 @@ from nbdq.nbd.constants import (
     OptionReply,
     TransmissionFlag,
 )
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import (
     STRUCTURED,
     Target,

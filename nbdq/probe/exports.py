@@ -4,7 +4,8 @@ from nbdq.client import wire
 from nbdq.client.wire import OptionFailed
 from nbdq.errors import printable
 from nbdq.nbd.constants import Option, OptionReply, TransmissionFlag
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import (
     NO_EXPORT,
     STRUCTURED,

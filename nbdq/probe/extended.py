@@ -7,7 +7,8 @@ from nbdq.client.session import Session
 from nbdq.client.transaction import error_name
 from nbdq.client.wire import pack_option
 from nbdq.nbd.constants import Command, CommandFlag, Errno, Option, OptionReply, TransmissionFlag
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import EXTENDED, Target, answer, expect_alive, expect_error, expect_in_sync, expect_reply, go
 
 

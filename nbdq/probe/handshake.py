@@ -8,7 +8,8 @@ from nbdq.client import wire
 from nbdq.client.connection import dial
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import ClientFlag, HandshakeFlag, Option, OptionReply
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import NO_EXPORT, Target, answer, drip, expect_in_sync, expect_reply, go, info_data
 
 _UNKNOWN_OPTION = 0x6E62_6471

@@ -7,7 +7,8 @@ from nbdq.client.session import Session
 from nbdq.client.transaction import error_name
 from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import ChunkType, Command, CommandFlag, Errno, TransmissionFlag
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import (
     STRUCTURED,
     Target,
@@ -19,6 +20,9 @@ from nbdq.probe.target import (
 
 #: Requests in flight at once: more than any client has, fewer than an attack.
 _PIPELINED = 2000
+
+#: Bytes of a READ that is not answered before the server sees what follows it.
+_IN_FLIGHT = 256 << 10
 
 _UNKNOWN_COMMANDS = (8, 99, 0xFFFF)
 _UNKNOWN_FLAG = 1 << 14
@@ -256,9 +260,10 @@ def disconnecting(target: Target) -> None:
 def requests_before_disconnecting(target: Target) -> None:
     """What was asked before DISC is answered, and then the connection ends."""
     target.need(target.size, "the export is empty")
+    length = min(target.size - target.size % target.sizes.minimum, target.sizes.maximum, _IN_FLIGHT)
     for session in target.sessions():
-        cookies = [session.expect(Command.READ, 0, target.block) for _ in range(16)]
-        requests = [session.pack(Command.READ, cookie, 0, target.block) for cookie in cookies]
+        cookies = [session.expect(Command.READ, 0, length) for _ in range(16)]
+        requests = [session.pack(Command.READ, cookie, 0, length) for cookie in cookies]
         session.channel.send(b"".join(requests) + session.pack(Command.DISC, 1))
         while session.outstanding:
             try:

@@ -9,7 +9,8 @@ from nbdq.client.wire import OptionFailed
 from nbdq.errors import ProtocolError, in_words, printable
 from nbdq.nbd.constants import OptionReply
 from nbdq.probe import contexts, exports, extended, handshake, requests, tls, writes
-from nbdq.probe.check import CHECKS, Check, Deviation, Level, NotApplicable
+from nbdq.probe.check import CHECKS, Check, Level
+from nbdq.probe.findings import Deviation, NotApplicable
 from nbdq.probe.target import Target
 
 #: The modules whose import has registered the checks, in the order in which those are run: from the first thing that a

@@ -14,7 +14,7 @@ from nbdq.client.transaction import Transaction, command_name, error_name
 from nbdq.client.wire import BlockSizes, ExportDetails, OptionFailed, pack_info_request, parse_failure, reply_name
 from nbdq.nbd.constants import ClientFlag, Command, Option, OptionReply, TransmissionFlag
 from nbdq.nbd.uri import Uri
-from nbdq.probe.check import Deviation, NotApplicable, expect
+from nbdq.probe.findings import Deviation, NotApplicable, expect
 
 #: What a client may rely on where a server does not say its block sizes (P126).
 _DEFAULT_SIZES = BlockSizes(minimum=1, preferred=4096, maximum=32 << 20)

@@ -6,7 +6,8 @@ from nbdq.client.connection import Connection
 from nbdq.client.tls import tls_hostname
 from nbdq.client.wire import option_name, pack_option, reply_name
 from nbdq.nbd.constants import Command, Option, OptionReply, TransmissionFlag
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import NO_EXPORT, STRUCTURED, Target, expect_success, info_data
 
 _UNKNOWN_OPTION = 0x6E62_6471

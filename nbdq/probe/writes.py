@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from nbdq.client.session import Session
 from nbdq.client.transaction import Transaction, error_name
 from nbdq.nbd.constants import Command, CommandFlag, Errno, TransmissionFlag
-from nbdq.probe.check import Deviation, Level, check, expect
+from nbdq.probe.check import Level, check
+from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import Target, drip, expect_alive, expect_error, expect_success
 
 #: What a client without knowledge of block sizes may write at once (P85).
