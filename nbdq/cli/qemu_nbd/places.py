@@ -77,7 +77,10 @@ def _is_taken(path: str) -> bool:
     """Whether a server listens there."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        return probe.connect_ex(path) in (0, errno.EAGAIN)
+        try:
+            return probe.connect_ex(path) in (0, errno.EAGAIN)
+        except OSError:  # too long for a socket
+            return False
 
 
 def _tls_mode(arguments: Arguments) -> TlsMode:
