@@ -134,7 +134,7 @@ def running(name: str, directory: Path, *options: str, files: int = 0) -> Iterat
         if name != "nbd-server":
             yield Subject(name, process.pid, address)
             return
-        daemon = int((directory / "pid").read_text())  # it has no option to stay, and serve more than one client
+        daemon = _daemon(directory / "pid")  # it has no option to stay, and serve more than one client
         try:
             yield Subject(name, daemon, address, "default")
         finally:
@@ -158,6 +158,16 @@ def _wait_for(port: int, process: subprocess.Popen[str]) -> None:
             assert not process.poll(), f"ended with {process.returncode}"
             assert time.monotonic() < deadline, "does not listen"
             time.sleep(0.05)
+
+
+def _daemon(path: Path) -> int:
+    """The process whose id will be in the file, which is written some time after it listens."""
+    deadline = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            return int(path.read_text())
+        assert time.monotonic() < deadline, "no pid file"
+        time.sleep(0.05)
 
 
 def _make_disk(directory: Path) -> None:
