@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from nbdq.errors import printable
+from nbdq.server.peer import Peer
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -26,6 +27,12 @@ _MESSAGE_MAX = 16 << 10
 _JOURNAL = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
+def _client(record: logging.LogRecord) -> dict[str, object]:
+    """The fields of the client that a message names, if it does."""
+    peers = [value for value in record.args or () if isinstance(value, Peer)] if isinstance(record.args, tuple) else []
+    return {"conn": peers[0].number, "client": peers[0].address} if peers else {}
+
+
 class _JsonFormatter(logging.Formatter):
     """One object a record: ``ts`` (RFC 3339, UTC), ``level``, ``logger``, ``msg``, the record's own ``fields``, and
     ``exc`` with a traceback."""
@@ -36,6 +43,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "msg": record.getMessage(),
+            **_client(record),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:

@@ -126,6 +126,12 @@ class Metrics:
         failures = CounterMetricFamily("nbdq_sync_failures", "Syncs that failed: what was written may be lost.")
         failures.add_metric([], SYNC_TIMES.failures)
         yield failures
+        certificate = GaugeMetricFamily(
+            "nbdq_certificate_expiry_timestamp_seconds", "When the server's certificate expires.", labels=[]
+        )
+        if self._server.tls is not None and self._server.tls.expires is not None:
+            certificate.add_metric([], self._server.tls.expires)
+        yield certificate
         build = GaugeMetricFamily("nbdq_build_info", "Always 1.", labels=["version", "python"])
         build.add_metric([self._version, platform.python_version()], 1)
         yield build
@@ -163,6 +169,11 @@ _EXPORT_GAUGES: Sequence[tuple[str, str, Callable[[Export], float]]] = (
         lambda export: export.gate.in_progress(export),
     ),
     ("nbdq_export_held", "1 while requests of its clients are held back.", lambda export: export.is_held),
+    (
+        "nbdq_export_throttled",
+        "Clients that wait because of the export's rate.",
+        lambda export: 0 if export.throttle is None else export.throttle.waiting,
+    ),
     ("nbdq_export_size_bytes", "Size of the export.", lambda export: export.info.size),
 )
 

@@ -118,6 +118,11 @@ class Throttle:
             self._timer = None
         self._wake()
 
+    @property
+    def waiting(self) -> int:
+        """Clients that wait for their turn."""
+        return len(self._waiting)
+
     def admits(self, resume: Callable[[], None]) -> bool:
         """Whether it is the caller's turn; if not, ``resume`` is called when it is, once."""
         if self._turn is resume:

@@ -65,6 +65,11 @@ class Server:
         """Called whenever the last connection has ended."""
 
     @property
+    def tls(self) -> Tls | None:
+        """What clients can be secured with, if anything."""
+        return self._tls
+
+    @property
     def resources(self) -> Resources:
         """What its connections share."""
         return self._resources

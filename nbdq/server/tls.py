@@ -59,6 +59,8 @@ class _Credentials:
 
     context: ssl.SSLContext
     keys: PresharedKeys | None
+    expires: float | None = None
+    """When the certificate does, in seconds since 1970."""
 
 
 class Tls:
@@ -83,6 +85,11 @@ class Tls:
         self._credentials = _load(settings)
         self._settings = settings
 
+    @property
+    def expires(self) -> float | None:
+        """When the certificate in use does, in seconds since 1970; None for keys."""
+        return self._credentials.expires
+
     def secure(self, sock: socket.socket, resources: Resources) -> SecureStream:
         """The stream on ``sock``, whose client begins TLS now."""
         return SecureStream(sock, self._credentials.context, resources, self._credentials.keys)
@@ -101,8 +108,8 @@ def _load(settings: TlsSettings) -> _Credentials:
     if settings.psk_file is not None:
         return _Credentials(context, _load_keys(context, settings.psk_file))
     assert settings.certificates is not None
-    _load_certificates(context, settings.certificates, verify_peer=settings.verify_peer)
-    return _Credentials(context, None)
+    expires = _load_certificates(context, settings.certificates, verify_peer=settings.verify_peer)
+    return _Credentials(context, None, expires)
 
 
 def _load_keys(context: ssl.SSLContext, path: str) -> PresharedKeys:
@@ -118,7 +125,8 @@ def _load_keys(context: ssl.SSLContext, path: str) -> PresharedKeys:
     return keys
 
 
-def _load_certificates(context: ssl.SSLContext, directory: str, *, verify_peer: bool) -> None:
+def _load_certificates(context: ssl.SSLContext, directory: str, *, verify_peer: bool) -> float:
+    """When the server's certificate expires."""
     certificate, key = (_existing(directory, name) for name in (_CERTIFICATE, _KEY))
     context.set_ciphers(_CIPHERS)
     try:
@@ -128,16 +136,17 @@ def _load_certificates(context: ssl.SSLContext, directory: str, *, verify_peer: 
         raise ExportError(
             f"{what}: {_words(error)}; the key has to be the certificate's, without a passphrase"
         ) from None
-    _check_certificate(context, directory)
+    expires = _check_certificate(context, directory)
     if os.stat(key).st_mode & stat.S_IRWXO:
         _log.warning("every user may read the key %s; try 'chmod o= %s'", printable(key), printable(key))
     if not verify_peer:
-        return
+        return expires
     _load_authorities(context, _existing(directory, _CA))
     if os.path.exists(revoked := os.path.join(directory, _CRL)):
         _load_authorities(context, revoked)
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     context.verify_mode = ssl.CERT_REQUIRED
+    return expires
 
 
 def _existing(directory: str, name: str) -> str:
@@ -158,14 +167,16 @@ def _load_authorities(context: ssl.SSLContext, path: str) -> None:
         raise ExportError(f"cannot use {printable(path)}: {_words(error)}; it has to be a PEM file") from None
 
 
-def _check_certificate(context: ssl.SSLContext, directory: str) -> None:
-    """Look at the server's certificate as a client does: whoever finds a mistake now spares all of them."""
+def _check_certificate(context: ssl.SSLContext, directory: str) -> float:
+    """Look at the server's certificate as a client does: whoever finds a mistake now spares all of them. Returns when
+    it expires."""
     certificate, authority = (os.path.join(directory, name) for name in (_CERTIFICATE, _CA))
     try:
         seen = _as_a_client_sees(context, certificate)
     except ssl.SSLError as error:
         raise ExportError(f"clients would refuse {printable(certificate)}: {_words(error)}") from None
-    left = ssl.cert_time_to_seconds(seen["notAfter"]) - time.time()
+    expires = ssl.cert_time_to_seconds(seen["notAfter"])
+    left = expires - time.time()
     if left < _WARN_SECONDS:
         _log.warning("%s expires in %.1f days", printable(certificate), left / 86400)
     if os.path.exists(authority):
@@ -177,6 +188,7 @@ def _check_certificate(context: ssl.SSLContext, directory: str) -> None:
                 printable(authority),
                 _words(error),
             )
+    return expires
 
 
 def _as_a_client_sees(context: ssl.SSLContext, trusted: str) -> dict[str, Any]:
