@@ -44,7 +44,7 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
     Raises:
         ImageError, ExportError, StateError, PolicyError, OSError: something cannot be opened, or saved in the end.
         click.UsageError: settings contradict the sockets of socket activation.
-        SystemExit: a signal ended the start; or this process was only to put a server into the background.
+        SystemExit: signals ended the start; or this process was only to put a server into the background.
     """
     start = start or StartSettings()
     configure_logging(verbosity=settings.log.verbosity, log_format=settings.log.format)
@@ -61,12 +61,12 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         catalogue = Catalogue(of_file=load is not None)
-        disks.open_first(catalogue.wanted(settings))
+        with signals.interruptible():
+            disks.open_first(catalogue.wanted(settings))
         captive = start.run is not None
         listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
         tls = open_tls(settings.tls, [listener.tls for listener in listeners])
         monitors = listen_for_monitoring(settings.metrics, one_of_role(caller.sockets, "metrics"), undo)
-        signals.hold()
         return runner.run(
             _serve(
                 settings,

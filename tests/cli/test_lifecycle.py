@@ -465,7 +465,7 @@ def test_a_service_manager_hears_how_the_server_is(
             server.process.terminate()
             stopping = manager.hear_until("STOPPING")
             assert int(stopping["EXTEND_TIMEOUT_USEC"]) > 30e6
-            assert stopping["WATCHDOG_USEC"] == stopping["EXTEND_TIMEOUT_USEC"]  # which nobody feeds while disks are saved
+            assert stopping["WATCHDOG_USEC"] == stopping["EXTEND_TIMEOUT_USEC"]  # nobody feeds it while disks are saved
             assert "saving" in manager.hear_until("STOPPING")["STATUS"]
             server.process.wait(PATIENCE)
 

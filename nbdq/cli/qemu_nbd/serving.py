@@ -56,12 +56,11 @@ def serve(arguments: Arguments, listeners: list[Listener], background: Backgroun
         image = parse_image(arguments.file or "", format=arguments.format, image_opts=arguments.image_opts)
     except ExportError as error:
         raise ExportError(f"Failed to blk_new_open '{printable(arguments.file or '', 1024)}': {error}") from None
-    with (
-        open_disk(arguments, image) as (image, chain, device),
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
+    with ExitStack() as undo:
+        with signals.interruptible():
+            image, chain, device = undo.enter_context(open_disk(arguments, image))
+        runner = undo.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
         exports = _Exports([_export(arguments, image, chain, device)])
-        signals.hold()
         runner.run(_serve(arguments, exports, listeners, tls, background, signals))
 
 
