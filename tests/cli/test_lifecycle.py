@@ -515,23 +515,31 @@ import sys, time
 from nbdq.chain.live import LiveChain
 from nbdq.cli import main
 
-def open_for_ever(*_, **__):
+def open_slowly(*words, **options):
     print("opening", flush=True)
-    time.sleep(3600)
+    time.sleep(float(seconds))
+    return open_at_once(*words, **options)
 
-LiveChain.open = open_for_ever
-main(["serve", *sys.argv[1:]])
+_, seconds, *words = sys.argv
+open_at_once, LiveChain.open = LiveChain.open, open_slowly
+main(["serve", "-f", "raw", *words])
 """
 
 
-def test_a_signal_during_the_start_is_obeyed_and_leaves_nothing_behind(image: Path, directory: Path) -> None:
+@pytest.mark.parametrize(("seconds", "signals"), [("0.5", 1), ("3600", 2)])
+def test_signals_during_the_start_are_obeyed_and_leave_nothing_behind(
+    image: Path, directory: Path, seconds: str, signals: int
+) -> None:
+    """What takes long, such as the repair of an image, is interrupted by the second one."""
     words = ["-k", directory / "socket", "--pid-file", directory / "pid", "--admin", directory / "admin", image]
-    command = [sys.executable, "-c", STARTING, *map(str, words)]
+    command = [sys.executable, "-c", STARTING, seconds, *map(str, words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "opening\n"
         assert (directory / "admin").exists()
-        process.terminate()
+        for _ in range(signals):
+            process.terminate()
+            time.sleep(0.1)  # two that come at once are one
         assert process.communicate(timeout=PATIENCE) == ("", "")
     assert process.returncode == 0
     assert list(directory.iterdir()) == []
