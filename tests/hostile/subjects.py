@@ -111,6 +111,7 @@ def running(name: str, directory: Path, *options: str, files: int = 0) -> Iterat
     """Serve a disk of SIZE, full of data, until the block ends. ``options`` are nbdq's; ``files``: how many may be
     open, as many as possible by default."""
     _make_disk(directory)
+    (directory / "pid").unlink(missing_ok=True)  # of another process by now
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
