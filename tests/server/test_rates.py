@@ -15,7 +15,7 @@ from nbdq.nbd.transmission import RawRequest
 from nbdq.server.export import Export
 from nbdq.server.limits import Limits
 from nbdq.server.rate import Rates, Throttle
-from tests.server.client import FLUSH, READ, WRITE, Client, request
+from tests.server.client import FLUSH, FUA, READ, WRITE, Client, request
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk, WritableDisk
 
@@ -213,3 +213,31 @@ def test_a_client_that_leaves_gets_no_further_than_the_rate_allows(loop: str) ->
             client.socket.close()
         time.sleep(0.5)
         assert len(disk.performed) <= 2 + 2 * (time.monotonic() - begun) + 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_written_at_a_limited_pace_is_what_was_sent(loop: str, seed: int) -> None:
+    """Payloads wait in the receive buffer, in memory of their own, or in the socket, and none takes another's place."""
+    chance = random.Random(seed)
+    slot, count = 512 << 10, 40
+    disk = WritableDisk(bytes(3 * count * slot))
+    with LoopServer(
+        Export.writable("", disk, rates=Rates(requests=400, bytes=100 * MIB, burst=0.02)), loop=loop
+    ) as server:
+        expected: dict[int, bytes] = {}
+        clients = [server.connect().go() for _ in range(3)]
+        for number, client in enumerate(clients):
+            said = b""
+            for turn in range(count):
+                offset = (number * count + turn) * slot
+                payload = chance.randbytes(chance.choice((1, 512, 4096, 70_000, 200_000, 400_000)))
+                expected[offset] = payload
+                said += client.pack(WRITE, offset, len(payload), flags=chance.choice((0, 0, FUA))) + payload
+                if chance.random() < 0.2:
+                    said += client.pack(FLUSH)
+            client.send_beside(said)
+        for client in clients:
+            assert all(reply.error == 0 for reply in client.replies().values())
+        for offset, payload in expected.items():
+            assert disk.content[offset : offset + len(payload)] == payload, (seed, offset)
+            assert disk.content[offset + len(payload)] == 0
