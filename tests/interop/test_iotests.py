@@ -41,8 +41,8 @@ def tests_of_qemu() -> None:
     ids=lambda words: " ".join(words),
 )
 def test_qemus_own_tests_pass_with_the_drop_in(words: tuple[str, ...]) -> None:
-    """Unaligned images, guessed formats, ``-L``; internal snapshots, block status, allocation depth, bitmaps. All of them
-    use ``--fork``: those that do not give a server one second to begin."""
+    """Unaligned images, guessed formats, ``-L``; internal snapshots, block status, allocation depth, bitmaps. All
+    use ``--fork``: others give a server one second to begin."""
     done = subprocess.run(
         [sys.executable, SCRIPT, *words],
         env={**os.environ, "PATH": SEARCH_PATH, "PYTHON_OF_NBDQ": sys.executable},
