@@ -7,6 +7,7 @@ failure is printed as a program of the steps that lead to it. The test suite run
 """
 
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -307,7 +308,7 @@ class Protocol(RuleBasedStateMachine):
         self.gates.append(self.exports[name].gate)
 
     def _remove_export(self, name: str, *, at_once: bool) -> None:
-        """What the server has accepted is answered, unless all have to go at once."""
+        """What clients have sent is answered or refused, and then they hang up; unless all have to go at once."""
         export = self.exports.pop(name)
         self.paused.discard(name)
 
@@ -318,13 +319,11 @@ class Protocol(RuleBasedStateMachine):
         self.server.call(remove)
         leaving = [connection for connection in self.connections if connection.name == name]
         for connection in leaving:
-            try:
+            with suppress(Disconnected, OSError) if at_once else nullcontext():
                 while connection.client.outstanding:
                     self._judge(connection, connection.client.reply(), may_be_late=True)
-            except Disconnected:
-                pass
-            else:
-                assert connection.client.is_closed()
+                connection.client.socket.sendall(connection.client.pack(DISC))
+            assert connection.client.is_closed()
             connection.client.socket.close()
         self._forget(*leaving)
 
