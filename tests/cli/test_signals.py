@@ -17,7 +17,7 @@ from tests.support.tools import requires, run
 pytestmark = [requires("qemu-img"), pytest.mark.timeout(3600)]
 
 SEED = int(os.environ.get("NBDQ_SEED", "1"))
-SIGNALS = int(os.environ.get("NBDQ_SIGNALS", "8"))
+SIGNALS = int(os.environ.get("NBDQ_SIGNALS", "4"))
 
 
 def test_signals_at_any_moment_end_a_server_in_order() -> None:

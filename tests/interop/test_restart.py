@@ -25,7 +25,7 @@ pytestmark = [requires("qemu-img", "qemu-io", "qemu-storage-daemon", "fio", "std
 
 SIZE = 64 << 20
 #: How often a server is ended under load; QEMU takes a second or three to try again.
-RESTARTS = int(os.environ.get("NBDQ_RESTARTS", "2"))
+RESTARTS = int(os.environ.get("NBDQ_RESTARTS", "1"))
 
 
 @pytest.fixture
