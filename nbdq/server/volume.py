@@ -6,7 +6,7 @@ The place where the live structure of a disk meets its clients: whoever changes 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -87,6 +87,10 @@ class Volume:
         chain, or that is the top and changes.
         """
         for shown in list(self._shown.values()):
+            device = shown.export.device
+            if isinstance(device, LazyView) and not shown.export.clients:
+                device.forget()  # the rest can wait for derive_soon(); there may be hundreds
+                continue
             try:
                 self._show(shown)
             except (NbdqError, OSError) as error:
@@ -297,7 +301,8 @@ class Volume:
 
     def derive_now(self) -> None:
         """Offer what the derivations say, before the server runs."""
-        self._offer_derived(self._derived_wishes(list(self._derivations.values())))
+        for _ in self._offer_derived(self._derived_wishes(list(self._derivations.values()))):
+            pass
 
     def derive_soon(self) -> None:
         """Offer what the derivations say now, once nobody restructures the disk; who did so calls this afterwards."""
@@ -309,14 +314,19 @@ class Volume:
         while self._derive_again:
             self._derive_again = False
             async with self.steady():
+                if self.is_restructured():
+                    return  # who does calls us again
                 wanted = await in_thread(self._derived_wishes, list(self._derivations.values()))
-                if not self.is_restructured():
-                    self._offer_derived(wanted)
+                for _ in self._offer_derived(wanted):
+                    await asyncio.sleep(0)  # there may be hundreds, and clients of other disks wait
+                    if self.is_restructured():
+                        break
 
     def _derived_wishes(self, derivations: Sequence[Derivation]) -> list[Derived]:
         return [found for each in derivations for found in derived_wishes(self.chain, each)]
 
-    def _offer_derived(self, wanted: Sequence[Derived]) -> None:
+    def _offer_derived(self, wanted: Sequence[Derived]) -> Iterator[None]:
+        """A step at a time."""
         kept = {each.wish.name: (each.wish.view, each.size, each.parent) for each in wanted}
         for shown in [shown for shown in self._shown.values() if shown.export.is_derived]:
             export = shown.export
@@ -324,6 +334,7 @@ class Volume:
                 self.delete(export)
             elif not export.clients:
                 self._show(shown)  # what was opened may not be what is there now
+                yield
         for each in wanted:
             parent = self._directory.by_name.get(each.parent)
             if parent is None or each.parent not in self._derivations:
@@ -334,6 +345,7 @@ class Volume:
                     self._obey_parent(self.offer(shown), parent)
                 except ExportError as error:
                     _log.info("not offered: %s", error)
+                yield
 
     def withdraw_derived(self, layers: Collection[str] | None = None) -> None:
         """Until :meth:`derive_soon`, take those back that nobody uses and that show one of these layers, or any."""
