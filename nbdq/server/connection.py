@@ -121,8 +121,8 @@ class Connection:
             if data and self._handshake.starting_tls:
                 self._secured()
         except (BlockingIOError, InterruptedError):
-            if self._handshake.starting_tls:  # TLS may have more to say than the socket took
-                self._send([])
+            if self._handshake.starting_tls:
+                self._wait_for_tls()
             if self._may_go_on:
                 self._resources.loop.call_soon(self._go_on)
             return True
@@ -183,8 +183,19 @@ class Connection:
         """The client knows: from now on it speaks TLS, or is cut."""
         if isinstance(self._socket, socket.socket):
             assert self._tls is not None
-            self._socket = self._tls.secure(self._socket, self._resources)
+            self._socket = self._tls.secure(self._socket, self._resources, self._on_step)
             self._output = Output(self._socket)
+
+    def _wait_for_tls(self) -> None:
+        assert isinstance(self._socket, SecureStream)
+        if self._socket.is_busy:  # what comes has to wait, and must not wake us all the time
+            self._resources.loop.remove_reader(self._socket.fileno())
+        else:  # it may have more to say than the socket took
+            self._send([])
+
+    def _on_step(self) -> None:
+        self._resources.loop.add_reader(self._socket.fileno(), self._on_readable)
+        self._on_readable()
 
     def _secured(self) -> None:
         assert isinstance(self._socket, SecureStream)

@@ -17,7 +17,7 @@ _KEY_SIZE = 32
 
 
 class PresharedKeys:
-    """The keys of one file. Loop thread only."""
+    """The keys of one file. For one thread, in which all handshakes are done."""
 
     def __init__(self, keys: dict[str, bytes]) -> None:
         self._keys = [(name.encode(), key) for name, key in keys.items()]

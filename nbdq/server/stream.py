@@ -5,16 +5,20 @@ of the ``ssl`` module that costs one more copy, which large transfers do not sho
 came together arrive with one call, although clients give each of them a record of its own (2.2 µs for one, not 4.3),
 and replies leave in pieces larger than a record. And what TLS has to send does not depend on what the socket takes.
 
-Owns the socket. Knows NBD no further than how its connections end. Loop thread only.
+The steps of the handshake are taken in a thread of their own, where strangers cannot hold up anybody's requests with
+them: a signature with an RSA key of 4096 bits takes milliseconds. Meanwhile nothing else touches the TLS layer.
+
+Owns the socket. Knows NBD no further than how its connections end. Loop thread only, but for those steps.
 """
 
 import errno
 import socket
 import ssl
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from nbdq.nbd.ending import Cause, Ending
+from nbdq.pool import WorkerPool
 from nbdq.server.identity import identity_of
 from nbdq.server.peer import Identity
 from nbdq.server.psk import PresharedKeys
@@ -53,13 +57,24 @@ class SecureStream:
     """The server's side of TLS on one non-blocking socket."""
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, resources: Resources, keys: PresharedKeys | None = None
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        resources: Resources,
+        pool: WorkerPool,
+        *,
+        keys: PresharedKeys | None,
+        on_step: Callable[[], None],
     ) -> None:
-        """Take over ``sock``, on which the client begins its handshake now; ``keys`` if ``context`` asks these."""
+        """Take over ``sock``, on which the client begins its handshake now. Its steps are taken in the ``pool``, which
+        has one thread; after each ``on_step`` is called, for receiving to go on. ``keys`` if ``context`` asks these."""
         self._socket = sock
         self._resources = resources
+        self._pool = pool
+        self._on_step = on_step
         self._keys = keys
         self._key_name: str | None = None
+        self._failed: TlsFailed | None = None
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -68,6 +83,9 @@ class SecureStream:
         self._turn = 0
         self.is_established = False
         """Whether the handshake has succeeded; everything else waits for that."""
+        self.is_busy = False
+        """Whether a step of the handshake is being taken; to receive is of no use before the call to ``on_step``."""
+        self._is_closed = False
         self.has_more = False
         """Whether the last receive may have left something that is here already: the socket will not tell of it."""
 
@@ -109,15 +127,25 @@ class SecureStream:
 
     def recv_into(self, buffer: bytearray | memoryview) -> int:
         """What the client said, at least one byte; 0 when it has ended, with or without TLS's own farewell (P67). Until
-        the handshake has succeeded this goes on with it.
+        the handshake has succeeded this takes what belongs to it.
 
         Raises:
             BlockingIOError: nothing for now; if :attr:`has_more`, others should have their turn and then we again.
             TlsFailed, OSError: the connection is broken.
         """
+        if self._failed is not None:
+            raise self._failed
+        if self.is_busy:
+            raise BlockingIOError
+        if not self.is_established:
+            if not self._fetch():
+                return 0
+            self.is_busy = True
+            self._pool.submit(self._take_step)
+            raise BlockingIOError
         view = memoryview(buffer)
         for _ in range(_FETCHES_PER_TURN):
-            count = self._decrypt(view) if self.is_established or self._shake_hands() else None
+            count = self._decrypt(view)
             if self._outgoing.pending:
                 self._send_unasked()
             if count is not None:
@@ -137,20 +165,35 @@ class SecureStream:
         finally:
             self._resources.return_arena(arena)
 
-    def _shake_hands(self) -> bool:
+    def _take_step(self) -> None:
+        """In the pool: go on with the handshake as far as what was received allows."""
+        failure: Exception | None = None
+        is_established = False
         if self._keys is not None:
             self._keys.asked = None
         try:
             self._tls.do_handshake()
+            is_established = True
         except ssl.SSLWantReadError:
-            return False
-        except ssl.SSLError as error:
-            raise self._failure(error) from None
-        finally:
-            if self._keys is not None and self._keys.asked is not None:
-                self._key_name = self._keys.asked
-        self.is_established = True
-        return True
+            pass
+        except Exception as error:
+            failure = error
+        if self._keys is not None and self._keys.asked is not None:
+            self._key_name = self._keys.asked
+        with suppress(RuntimeError):  # the loop is closed
+            self._resources.loop.call_soon_threadsafe(self._step_taken, is_established, failure)
+
+    def _step_taken(self, is_established: bool, failure: Exception | None) -> None:
+        self.is_busy = False
+        if self._is_closed:
+            return
+        self.is_established = is_established
+        if failure is not None:
+            self._failed = self._failure(failure)
+        else:
+            with suppress(OSError):  # to receive will tell
+                self.flush()
+        self._on_step()
 
     def _decrypt(self, view: memoryview) -> int | None:
         """Fill ``view`` from what is here; None if that is not even one byte."""
@@ -218,7 +261,7 @@ class SecureStream:
         Raises:
             OSError: the connection is broken.
         """
-        while self._tail or self._outgoing.pending:
+        while self._tail or (not self.is_busy and self._outgoing.pending):
             if not self._tail:
                 self._tail = memoryview(self._outgoing.read())
             try:
@@ -251,8 +294,8 @@ class SecureStream:
         return count
 
     def _send_unasked(self) -> None:
-        """Send what TLS says by itself: its handshake, new keys, alerts. What does not leave waits for what follows."""
-        if not self.flush() and self.is_established and self._outgoing.pending > _UNASKED_SIZE:
+        """Send what TLS says by itself: new keys, alerts. What does not leave waits for what follows."""
+        if not self.flush() and self._outgoing.pending > _UNASKED_SIZE:
             raise TlsFailed("TLS: the client demands answers and does not read them")
 
     # Ending.
@@ -266,6 +309,7 @@ class SecureStream:
         """Say farewell if that has not happened, and close the socket."""
         with suppress(OSError):
             self._say_farewell()
+        self._is_closed = True
         self._socket.close()
 
     def _say_farewell(self) -> None:
@@ -274,10 +318,12 @@ class SecureStream:
                 self._tls.unwrap()
         self.flush()
 
-    def _failure(self, error: ssl.SSLError) -> TlsFailed:
+    def _failure(self, error: Exception) -> TlsFailed:
         """``error`` in words, after the client was told of it."""
         with suppress(OSError):
             self.flush()
+        if not isinstance(error, ssl.SSLError):
+            return TlsFailed(f"TLS: {error}")
         if isinstance(error, ssl.SSLCertVerificationError):
             return TlsFailed(f"TLS: the client's certificate is refused: {error.verify_message}")
         return TlsFailed(f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}")

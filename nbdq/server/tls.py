@@ -7,12 +7,14 @@ import ssl
 import stat
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.handshake import TlsMode
+from nbdq.pool import WorkerPool
 from nbdq.server.psk import PresharedKeys
 from nbdq.server.resources import Resources
 from nbdq.server.stream import SecureStream
@@ -74,6 +76,7 @@ class Tls:
         """
         self._settings = settings
         self._credentials = _load(settings)
+        self._pool: WorkerPool | None = None  # from the first client on
 
     def reload(self, settings: TlsSettings | None = None) -> None:
         """Read everything anew, for connections that come from now on; those that are there stay as they are (R-77).
@@ -90,9 +93,12 @@ class Tls:
         """When the certificate in use does, in seconds since 1970; None for keys."""
         return self._credentials.expires
 
-    def secure(self, sock: socket.socket, resources: Resources) -> SecureStream:
-        """The stream on ``sock``, whose client begins TLS now."""
-        return SecureStream(sock, self._credentials.context, resources, self._credentials.keys)
+    def secure(self, sock: socket.socket, resources: Resources, on_step: Callable[[], None]) -> SecureStream:
+        """The stream on ``sock``, whose client begins TLS now; ``on_step`` is called when its handshake has come on."""
+        if self._pool is None:
+            self._pool = WorkerPool(1)
+        credentials = self._credentials
+        return SecureStream(sock, credentials.context, resources, self._pool, keys=credentials.keys, on_step=on_step)
 
 
 def _load(settings: TlsSettings) -> _Credentials:

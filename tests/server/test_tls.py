@@ -10,7 +10,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -322,6 +322,45 @@ def test_a_slow_tls_handshake_is_ended_by_the_deadline_of_the_whole(loop: str, d
                 if select.select([client.socket], [], [], 0.01)[0]:
                     break
         assert client.is_closed()  # R-01
+
+
+class HeldPool:
+    """A thread that is busy for as long as the test says."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
+
+def test_a_step_of_a_handshake_that_takes_long_holds_up_nobody(loop: str, disk: MemoryDisk, tls: Tls, pki: Pki) -> None:
+    """As a signature of a long key does, which strangers can ask for as often as they like."""
+    held = HeldPool()
+    tls._pool = held  # type: ignore[assignment]
+    hello = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        trusting(pki.server).wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
+    with serving(disk, tls, TlsMode.ALLOW, loop=loop) as server:
+        with HealthyClient(server.address, CONTENT, name="disk") as healthy:
+            clients = [server.connect() for _ in range(3)]
+            for client in clients:
+                client.hello()
+                client.socket.sendall(FLAGS)
+                assert answer(client, STARTTLS) == ACK
+                client.socket.sendall(hello.read() or b"\x16\x03\x01")
+            server.wait_for(lambda: len(held.jobs) == 3, "the handshakes have not begun")
+            for client in clients:
+                client.socket.sendall(bytes(10_000))  # to come back to later
+            healthy.wait_for_a_round()
+        used = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - used < 0.15, "the server spins"
+        server.call(lambda: [connection.abort() for connection in server._server.census])  # as their deadline does
+        server.wait_for_connections(0)
+        for job in held.jobs:  # too late
+            job()
+        server.call(lambda: None)
 
 
 # Who is let in.
