@@ -221,25 +221,17 @@ class ChainDisk:
         Raises:
             OSError: a table cannot be read.
         """
-        return self._reads_zero(offset, offset + length, self.index.window)
+        end = offset + length
+        return all(_reads_zero(window, offset, end) for window in self.index.spans(offset, end))
 
     def reads_zero_cached(self, offset: int, length: int) -> bool:
         """The same without ever waiting: False also if it is not known."""
-        return self._reads_zero(
-            offset, offset + length, lambda position: self._windows.get(position >> self._window_bits)
-        )
-
-    def _reads_zero(self, offset: int, end: int, window_at: Callable[[int], Window | None]) -> bool:
-        while offset < end:
-            window = window_at(offset)
-            if window is None:
+        position, end = offset, offset + length
+        while position < end:
+            window = self._windows.get(position >> self._window_bits)
+            if window is None or not _reads_zero(window, offset, end):
                 return False
-            run = window.find(offset)
-            while offset < end and run < len(window.kinds):
-                if window.kinds[run] not in _READS_ZERO:
-                    return False
-                run += 1
-                offset = window.starts[run]
+            position = window.end
         return True
 
     def runs(self, offset: int, length: int) -> Iterator[tuple[Runs, int]]:
@@ -305,6 +297,12 @@ class ChainDisk:
         """Close every layer. No call may be in progress."""
         for layer in self.layers:
             layer.close()
+
+
+def _reads_zero(window: Window, offset: int, end: int) -> bool:
+    """Whether metadata says that the part of the range inside ``window`` reads as zeros."""
+    first, last = window.find(max(offset, window.start)), window.find(min(end, window.end) - 1)
+    return _READS_ZERO.issuperset(window.kinds[first : last + 1])
 
 
 class FileHoles:

@@ -137,9 +137,7 @@ class Zeroing:
         coverage = self._geometry.l2_coverage
         size = self._image.cluster_size
         first, last = start // coverage, (end - 1) // coverage + 1
-        # Where nothing is below, a table that is not there need not be looked at.
-        indexes = range(first, last) if self._image.below is not None else self._image.mapping.present(first, last)
-        for l1_index in indexes:
+        for l1_index in self._tables_to_change(first, last):
             low, high = max(start, l1_index * coverage), min(end, (l1_index + 1) * coverage)
             while low < high:
                 stop = high
@@ -149,6 +147,26 @@ class Zeroing:
                     stop = stop // size * size
                 yield low, stop
                 low = stop
+
+    def _tables_to_change(self, first: int, last: int) -> Iterator[int]:
+        """Those of the L1 indexes whose table is there, or where something shows through that it would have to hide."""
+        position = first
+        for l1_index in self._image.mapping.present(first, last):
+            yield from self._tables_that_hide(position, l1_index)
+            yield l1_index
+            position = l1_index + 1
+        yield from self._tables_that_hide(position, last)
+
+    def _tables_that_hide(self, first: int, last: int) -> Iterator[int]:
+        coverage = self._geometry.l2_coverage
+        if first >= last or self._reads.zero_below(first * coverage, min(last * coverage, self._image.size)):
+            return
+        if last - first == 1:
+            yield first
+            return
+        middle = (first + last) // 2
+        yield from self._tables_that_hide(first, middle)
+        yield from self._tables_that_hide(middle, last)
 
     def _zero_in_table(self, start: int, end: int, *, unmap: bool) -> None:
         image = self._image
