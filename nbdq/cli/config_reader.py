@@ -6,6 +6,7 @@ an option of that type is; numbers of bytes, which are known by their names, are
 """
 
 import difflib
+import math
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -129,11 +130,13 @@ def _checked(annotation: Any, value: Any, where: str, problems: Problems) -> Any
             problems.add(where, f"is {printable(repr(value))}, but must be {wanted}{_suggestion(value, choices)}")
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         problems.add(where, f"is {_kind_of(value)}, but must be {_WORDS.get(annotation, 'a table')}")
     elif annotation is str and "\0" in value:
         problems.add(where, "contains a NUL character")
+    elif annotation is float and not math.isfinite(value):
+        problems.add(where, "must be finite")
     elif annotation in (int, float) and value < 0:
         problems.add(where, "must not be negative")
     return value

@@ -1,13 +1,16 @@
 """The configuration file: what it can say, and that everything which is wrong with it is told at once."""
 
+import datetime
 import re
 from dataclasses import MISSING, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nbdq.cli.config_reader import keys_of
+from nbdq.cli.config_reader import Problems, keys_of, read_table
 from nbdq.cli.settings import Settings
 from tests.support.cli import run_nbdq
 from tests.support.configured import configured
@@ -84,7 +87,8 @@ def test_all_that_is_wrong_is_told_in_one_run_each_with_its_place(image: Path, t
         "export 2 (\"vm\"): backing: 'qcow3:x' is not qcow2:PATH, raw:PATH or none",
         f"export 3 (\"{image}\"): access: '10.0.0.1/8' is not a network such as 192.0.2.0/24: "
         "10.0.0.1/8 has host bits set",
-        f'export 3 ("{image}"): rate: rates must not be negative, and a burst must be positive; a rate of 0 is no limit',
+        f'export 3 ("{image}"): rate: rates must not be negative, and a burst must be positive; '
+        "a rate of 0 is no limit",
         "limits: process-bytes: '64 elephants' is not a size; "
         "write bytes or a number with a suffix of k, M, G, T, P, E",
         "server: unknown key 'pidfile'; did you mean 'pid-file'?",
@@ -108,6 +112,7 @@ def test_all_that_is_wrong_is_told_in_one_run_each_with_its_place(image: Path, t
         ('[[export]]\nimage = "IMAGE"\nimage-2 = 2026-01-01\n', "unknown key 'image-2'; did you mean 'image'?"),
         ('[[export]]\nimage = "IMAGE"\ndiscard = "ignore"\ndetect-zeroes = "unmap"\n', "discard ignore forbids"),
         ('[[export]]\nimage = "IMAGE"\naccess = { users = ["no one"] }\n', "there is no user 'no one'"),
+        ('[[export]]\nimage = "IMAGE"\n[limits]\ndrain-seconds = inf\n', "drain-seconds: must be finite"),
         ('[[export]]\nimage = "IMAGE"\n[[listen]]\nport = 65536\n', "port: 65536 is not in the range 0 to 65535"),
         ('[[export]]\nimage = "IMAGE"\n[[listen]]\nmode = "999"\n', "'999' is not an octal file mode such as 0660"),
     ],
@@ -214,3 +219,25 @@ def test_the_example_is_sound(tmp_path: Path) -> None:
     status, shown, found = check(tmp_path, text)
     assert (status, found) == (0, [])
     assert shown.count("export '") == EXAMPLE.read_text().count("[[export]]")
+
+
+_KEYS = st.sampled_from([*keys_of(Settings), *(key for kind in _sections().values() for key in keys_of(kind)), "x", ""])
+_VALUES = st.recursive(
+    st.none().map(lambda _: datetime.date(2026, 1, 1))
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True)
+    | st.text(max_size=8)
+    | st.sampled_from(["64M", "0660", "qcow2:x", "none", "unmap", "\0", "::1/64", "root"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.dictionaries(_KEYS, _VALUES, max_size=5))
+def test_whatever_a_file_says_becomes_settings_or_problems(document: dict[str, Any]) -> None:
+    found = Problems()
+    read = read_table(Settings, document, "", found)
+    assert (read is None) == bool(found)
+    assert all(line.isprintable() for line in found), found
