@@ -1,8 +1,8 @@
 """What a check is: one rule of the protocol, and a function that finds out whether a server keeps it.
 
 A check is a function of a :class:`Target`; the first sentence of its docstring is the rule. It returns if the server
-keeps it, and otherwise raises :class:`~nbdq.probe.findings.Deviation`, or lets the client's ``ProtocolError`` and ``OSError``
-say it.
+keeps it, and otherwise raises :class:`~nbdq.probe.findings.Deviation`, or lets the client's ``ProtocolError`` and
+``OSError`` say it.
 """
 
 import inspect
