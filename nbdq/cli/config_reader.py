@@ -116,10 +116,17 @@ def _name_of(table: Any) -> str | None:
 
 def _converted(reader: click.ParamType[Any], value: str, where: str, problems: Problems) -> Any:
     try:
-        return reader.convert(value, None, None)
+        return _within_64_bits(reader.convert(value, None, None), where, problems)
     except click.BadParameter as error:
         problems.add(where, error.message)
         return None
+
+
+def _within_64_bits(value: Any, where: str, problems: Problems) -> Any:
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        problems.add(where, "does not fit into 64 bits")
+        return 0
+    return value
 
 
 def _checked(annotation: Any, value: Any, where: str, problems: Problems) -> Any:
@@ -129,6 +136,7 @@ def _checked(annotation: Any, value: Any, where: str, problems: Problems) -> Any
             wanted = " or ".join(map(repr, choices))
             problems.add(where, f"is {printable(repr(value))}, but must be {wanted}{_suggestion(value, choices)}")
         return value
+    value = _within_64_bits(value, where, problems)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):

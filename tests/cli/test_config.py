@@ -113,6 +113,8 @@ def test_all_that_is_wrong_is_told_in_one_run_each_with_its_place(image: Path, t
         ('[[export]]\nimage = "IMAGE"\ndiscard = "ignore"\ndetect-zeroes = "unmap"\n', "discard ignore forbids"),
         ('[[export]]\nimage = "IMAGE"\naccess = { users = ["no one"] }\n', "there is no user 'no one'"),
         ('[[export]]\nimage = "IMAGE"\n[limits]\ndrain-seconds = inf\n', "drain-seconds: must be finite"),
+        (f'[[export]]\nimage = "IMAGE"\n[limits]\ndrain-seconds = {10**400}\n', "does not fit into 64 bits"),
+        (f'[[export]]\nimage = "IMAGE"\n[limits]\nprocess-bytes = "{10**30}G"\n', "does not fit into 64 bits"),
         ('[[export]]\nimage = "IMAGE"\n[[listen]]\nport = 65536\n', "port: 65536 is not in the range 0 to 65535"),
         ('[[export]]\nimage = "IMAGE"\n[[listen]]\nmode = "999"\n', "'999' is not an octal file mode such as 0660"),
     ],
