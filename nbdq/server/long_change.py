@@ -7,6 +7,7 @@ the last one was quick.
 
 from time import monotonic
 
+from nbdq.block import Piece
 from nbdq.nbd.constants import CommandFlag
 from nbdq.nbd.transmission import RawRequest
 from nbdq.server.perform import Performer
@@ -28,18 +29,27 @@ class LongChange:
         """``begun``: when it was admitted."""
         self.request = request
         self.begun = begun
+        self.is_done = False
+        """Whether nothing is left to do, because all is done, or because a piece has failed."""
+        self.failure: list[Piece] | None = None
+        """The reply to tell of that."""
         self._operation = request[1]
         self._position = request[3]
         self._length = LONG
 
-    def perform(self, performer: Performer) -> bool:
-        """Carry out one more piece; whether it was the last. Pool thread.
+    def perform(self, performer: Performer) -> None:
+        """Carry out one more piece. Pool thread.
 
-        What lies behind the end of a disk that has become smaller since the piece before is left out.
-
-        Raises:
-            OSError: as :meth:`Performer.change`; the pieces before have been carried out.
+        What lies behind the end of a disk that has become smaller since the piece before is left out. After a failure
+        the pieces before have been carried out.
         """
+        try:
+            self._perform(performer)
+        except Exception as error:
+            self.failure = performer.failure(self.request, error)
+            self.is_done = True
+
+    def _perform(self, performer: Performer) -> None:
         end = min(self.request[3] + self.request[4], performer.size)
         stop = min((self._position + self._length) // _STEP * _STEP, end)
         if self._position < stop:
@@ -53,4 +63,4 @@ class LongChange:
         self._position = stop
         # What has to be quick was refused before anything changed. Later, at worst the end of the range is written.
         self._operation &= ~_FAST_ZERO
-        return stop >= end
+        self.is_done = stop >= end

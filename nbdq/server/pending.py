@@ -62,8 +62,9 @@ class Pending:
         self.payload = 0
         """Bytes reserved for a payload that is being received, or whose request waits to be served."""
         self._admitted: list[_Job] = []  # about to go to the pool
-        self._long: list[LongChange] = []  # … and long changes, when they begin, or when they were parked
-        self._between: deque[LongChange] = deque()  # those of which a piece is done, and more is to do
+        self._long: deque[LongChange] = deque()  # … and long changes, of whose pieces one is in the pool at a time
+        self._piece_done: deque[LongChange] = deque()  # at most one: the pool has carried out a piece of it
+        self._in_piece = False
         self._replies: deque[tuple[RawRequest, float, list[Piece] | None]] = deque()
         self._woken = False  # the loop has been told of replies
         self._abandoned = False
@@ -202,18 +203,15 @@ class Pending:
         self._admitted = []
         for stretch in stretches.values():
             self._resources.pool.submit(partial(self._work, stretch))
-        while self._long:
-            self._resources.pool.submit(partial(self._work_piece, self._long.pop()))
+        if self._long and not self._in_piece:
+            self._in_piece = True
+            self._resources.pool.submit(partial(self._work_piece, self._long.popleft()))
 
     def _work_piece(self, change: LongChange) -> None:
         """Pool thread: one piece of a long change."""
-        try:
-            if self._abandoned or not change.perform(self._performer):
-                self._between.append(change)
-            else:
-                self._replies.append((change.request, change.begun, None))
-        except Exception as error:
-            self._replies.append((change.request, change.begun, self._performer.failure(change.request, error)))
+        if not self._abandoned:
+            change.perform(self._performer)
+        self._piece_done.append(change)
         self._wake()
 
     def _work(self, jobs: list[_Job]) -> None:
@@ -242,8 +240,13 @@ class Pending:
         """Take the replies that are there; their memory stays reserved until :meth:`output_is_empty`."""
         self._woken = False  # before looking: what is appended from now on wakes the loop anew
         now = monotonic()
-        while self._between:
-            self._long.append(self._between.popleft())
+        while self._piece_done:
+            self._in_piece = False
+            change = self._piece_done.popleft()
+            if change.is_done:
+                self._replies.append((change.request, change.begun, change.failure))
+            else:
+                self._long.append(change)
         if self._abandoned:
             self._drop_long()
         elif not self._export.is_held:
@@ -279,4 +282,4 @@ class Pending:
     def _drop_long(self) -> None:
         self._answered += sum(self._performer.charge(change.request) for change in self._long)
         self.in_progress -= len(self._long)
-        self._long = []
+        self._long.clear()

@@ -178,6 +178,23 @@ def test_clients_are_served_while_a_disk_is_trimmed(server: LoopServer, disk: Hu
     assert (reply.cookie, reply.error) == (trim, 0)
 
 
+def test_many_of_them_take_one_thread_of_the_pool_and_turns(server: LoopServer, disk: HugeDisk) -> None:
+    """Or one client could have them all, and everybody else wait."""
+    disk.hold()
+    client = begin(server)
+    part = SIZE // 16
+    for number in range(16):
+        client.send(TRIM, number * part, part)
+    others = server.connect().go()
+    assert others.read(GIB, 4096) == bytes(4096)
+    disk.allowed.release(16)
+    server.wait_for(lambda: len(disk.changes) == 16, "a piece of each")
+    assert {offset for _, offset, _ in disk.changes} == {number * part for number in range(16)}
+    disk.allowed.release(10**6)
+    assert not any(reply.error for reply in client.replies().values())
+    assert sum(length for _, _, length in disk.changes) == SIZE
+
+
 def test_a_disk_is_drained_in_the_middle_and_the_request_goes_on_afterwards(
     server: LoopServer, disk: HugeDisk, export: Export
 ) -> None:
