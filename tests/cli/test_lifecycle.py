@@ -27,6 +27,7 @@ from tests.support.tools import requires
 
 SERVE = [sys.executable, "-m", "nbdq", "serve"]
 SIZE = 1 << 20
+ESHUTDOWN = 108
 CONTENT = bytes(range(256)) * (SIZE // 256)
 
 
@@ -565,6 +566,21 @@ def test_a_second_signal_leaves_little_time(image: Path) -> None:
             stuck.socket.close()
         finally:
             server.kill()
+
+
+def test_a_server_that_does_not_come_back_refuses_for_as_long_as_it_is_told_to(image: Path, directory: Path) -> None:
+    """P99; whoever has not left then is cut."""
+    server = Server("-f", "raw", "--on-stop", "refuse", "--drain-seconds", "2", image, directory=directory)
+    try:
+        server.wait_until_ready()
+        with Client(str(server.socket)).go() as client:
+            server.process.terminate()
+            wait_for(lambda: client.error(READ, 0, 512) == ESHUTDOWN, "the refusal")
+            assert server.process.wait(PATIENCE) == 0
+            assert client.is_closed()
+        assert server.stderr == "nbdq: WARNING: 1 connections did not finish in time\n"
+    finally:
+        server.kill()
 
 
 SAVING = """
