@@ -13,6 +13,7 @@ from dataclasses import fields
 from nbdq.cli.config_file import report, where
 from nbdq.cli.disks import Disks, Wanted
 from nbdq.cli.limits import fit
+from nbdq.cli.limits import check_descriptors, fit
 from nbdq.cli.logs import configure_logging
 from nbdq.cli.settings import DirectorySettings, ExportSettings, Offer, Settings
 from nbdq.errors import ExportError, NbdqError, in_words, printable

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 
 import uvloop
 
@@ -67,43 +68,37 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
         listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
         tls = open_tls(settings.tls, [listener.tls for listener in listeners])
         monitors = listen_for_monitoring(settings.metrics, one_of_role(caller.sockets, "metrics"), undo)
-        return runner.run(
-            _serve(
-                settings,
-                start,
-                load,
-                catalogue,
-                exports,
-                disks,
-                clusters,
-                administrators,
-                listeners,
-                tls,
-                monitors,
-                caller,
-                signals,
-            )
-        )
+        parts = _Parts(exports, disks, catalogue, clusters, administrators, listeners, tls, monitors)
+        return runner.run(_serve(settings, start, load, parts, caller, signals))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What was opened before there was a loop."""
+
+    exports: Exports
+    disks: Disks
+    catalogue: Catalogue
+    clusters: ClusterCache
+    administrators: Administration
+    listeners: list[Listener]
+    tls: Tls | None
+    monitors: list[Listener]
 
 
 async def _serve(
     settings: Settings,
     start: StartSettings,
     load: Callable[[], Settings] | None,
-    catalogue: Catalogue,
-    exports: Exports,
-    disks: Disks,
-    clusters: ClusterCache,
-    administrators: Administration,
-    listeners: list[Listener],
-    tls: Tls | None,
-    monitors: list[Listener],
+    parts: _Parts,
     caller: Caller,
     signals: StopSignals,
 ) -> int:
     stop = asyncio.Event()
-    server = Server(exports, listeners, fit(settings.limits), tls=tls)
-    monitoring = Monitoring(monitors, server, disks, clusters, lambda: [job.info() for job in administrators.jobs])
+    exports, disks, administrators, listeners = parts.exports, parts.disks, parts.administrators, parts.listeners
+    server = Server(exports, listeners, fit(settings.limits), tls=parts.tls)
+    jobs = administrators.jobs
+    monitoring = Monitoring(parts.monitors, server, disks, parts.clusters, lambda: [job.info() for job in jobs])
 
     def on_signal(count: int) -> None:
         stop.set()
@@ -112,7 +107,7 @@ async def _serve(
             asyncio.get_running_loop().call_later(_HURRY_SECONDS, administrators.hurry)
 
     signals.deliver(on_signal)
-    reloader = Reloader(settings, load, catalogue, disks, server, tls, caller.notifier)
+    reloader = Reloader(settings, load, parts.catalogue, disks, server, parts.tls, caller.notifier)
     patience = settings.limits.drain_seconds
     try:
         await administrators.start(disks, exports, stop.set, reloader.reload)

@@ -5,11 +5,11 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 
-from nbdq.server.export import Exports
 from nbdq.storage import FileStorage
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import EPERM, TRIM, WRITE, Client
@@ -266,8 +266,8 @@ def test_what_was_written_and_cannot_be_saved_at_the_end_is_an_error(
 ) -> None:
     """R-76, R-63."""
 
-    async def write_something(_1: object, _2: object, _3: object, _4: object, exports: Exports, *_: object) -> None:
-        for export in exports.by_name.values():
+    async def write_something(_settings: object, _start: object, _load: object, parts: Any, *_: object) -> None:
+        for export in parts.exports.by_name.values():
             assert export.writing is not None
             export.writing.write(0, memoryview(b"new." * 128))
 
