@@ -167,7 +167,7 @@ class SecureStream:
 
     def _take_step(self) -> None:
         """In the pool: go on with the handshake as far as what was received allows."""
-        failure: Exception | None = None
+        failure = ""
         is_established = False
         if self._keys is not None:
             self._keys.asked = None
@@ -177,22 +177,20 @@ class SecureStream:
         except ssl.SSLWantReadError:
             pass
         except Exception as error:
-            failure = error
+            failure = _in_words(error)
         if self._keys is not None and self._keys.asked is not None:
             self._key_name = self._keys.asked
         with suppress(RuntimeError):  # the loop is closed
             self._resources.loop.call_soon_threadsafe(self._step_taken, is_established, failure)
 
-    def _step_taken(self, is_established: bool, failure: Exception | None) -> None:
+    def _step_taken(self, is_established: bool, failure: str) -> None:
         self.is_busy = False
         if self._is_closed:
             return
         self.is_established = is_established
-        if failure is not None:
-            self._failed = self._failure(failure)
-        else:
-            with suppress(OSError):  # to receive will tell
-                self.flush()
+        self._failed = TlsFailed(failure) if failure else None
+        with suppress(OSError):  # to receive will tell
+            self.flush()
         self._on_step()
 
     def _decrypt(self, view: memoryview) -> int | None:
@@ -306,11 +304,14 @@ class SecureStream:
         self._socket.shutdown(how)
 
     def close(self) -> None:
-        """Say farewell if that has not happened, and close the socket."""
+        """Say farewell if that has not happened, close the socket, and give all memory back. Nothing may follow."""
         with suppress(OSError):
             self._say_farewell()
         self._is_closed = True
         self._socket.close()
+        # The parts of a connection know each other in circles. These hold most of its memory, and must not wait for the
+        # circles to be found. A step that still waits for its turn fails then, which nobody minds.
+        del self._tls, self._incoming, self._outgoing
 
     def _say_farewell(self) -> None:
         if self.is_established:
@@ -318,12 +319,15 @@ class SecureStream:
                 self._tls.unwrap()
         self.flush()
 
-    def _failure(self, error: Exception) -> TlsFailed:
+    def _failure(self, error: ssl.SSLError) -> TlsFailed:
         """``error`` in words, after the client was told of it."""
         with suppress(OSError):
             self.flush()
-        if not isinstance(error, ssl.SSLError):
-            return TlsFailed(f"TLS: {error}")
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return TlsFailed(f"TLS: the client's certificate is refused: {error.verify_message}")
-        return TlsFailed(f"TLS: {(error.reason or str(error)).replace('_', ' ').lower()}")
+        return TlsFailed(_in_words(error))
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"TLS: the client's certificate is refused: {error.verify_message}"
+    reason = (error.reason if isinstance(error, ssl.SSLError) else None) or str(error)
+    return f"TLS: {reason.replace('_', ' ').lower()}"

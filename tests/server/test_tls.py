@@ -1,6 +1,7 @@
 """TLS on raw sockets: what is said in the clear, the switch, what may happen under TLS, and how it ends (P60-P67)."""
 
 import contextlib
+import gc
 import logging
 import random
 import select
@@ -786,6 +787,26 @@ def test_an_idle_client_under_tls_costs_little_memory(
         for _ in range(200):
             clients.enter_context(TlsClient(server, context)).go()
         assert (resident_bytes() - before) / 200 < 250 << 10
+
+
+def test_what_tls_held_is_given_back_when_the_client_leaves(loop: str, disk: MemoryDisk, tls: Tls, pki: Pki) -> None:
+    """At once, and not when the collector of circles comes by, which it does ever more rarely."""
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(disk, tls, loop=loop) as server:
+            for _ in range(10):
+                with TlsClient(server, trusting(pki.server)) as client:
+                    client.go().read(0, 1000)
+                old = trusting(pki.server)
+                old.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256")
+                old.maximum_version = ssl.TLSVersion.TLSv1_2
+                with pytest.raises(ssl.SSLError):  # for which the server has no certificate
+                    TlsClient(server, old)
+            server.wait_for_connections(0)
+            assert not [one for one in gc.get_objects() if isinstance(one, ssl.SSLObject)]
+    finally:
+        gc.enable()
 
 
 HAS_PSK = getattr(ssl, "HAS_PSK", False)
