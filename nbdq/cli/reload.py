@@ -12,7 +12,6 @@ from dataclasses import fields
 
 from nbdq.cli.config_file import report, where
 from nbdq.cli.disks import Disks, Wanted
-from nbdq.cli.limits import fit
 from nbdq.cli.limits import check_descriptors, fit
 from nbdq.cli.logs import configure_logging
 from nbdq.cli.settings import DirectorySettings, ExportSettings, Offer, Settings
@@ -128,9 +127,13 @@ class Reloader:
             await self._disks.change(await in_thread(self._catalogue.wanted, settings))
             self._settings = settings
             if self._tls is not None:
-                self._tls.reload(settings.tls)
+                try:
+                    self._tls.reload(settings.tls)
+                except ExportError as error:  # exchanged again since we looked
+                    _log.error("certificates and keys stay as they were: %s", error)
             if before.limits != settings.limits:
                 self._server.limit(fit(settings.limits))
+            check_descriptors(settings.limits)
             if before.log != settings.log:
                 configure_logging(verbosity=settings.log.verbosity, log_format=settings.log.format)
             _log.info("reloaded")
