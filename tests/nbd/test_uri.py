@@ -25,6 +25,13 @@ def test_a_tcp_export_has_the_uri_that_clients_dial(name: str, host: str, port: 
     assert tcp_uri(name, host, port) == uri
 
 
+def test_an_export_under_tls_has_a_scheme_that_insists_on_it() -> None:
+    assert tcp_uri("disk", "::1", 1, secure=True) == "nbds://[::1]:1/disk"
+    assert unix_uri("disk", "/s", secure=True) == "nbds+unix:///disk?socket=/s"
+    assert parse_uri(tcp_uri("disk", "h", secure=True)).secure
+    assert parse_uri(unix_uri("disk", "/s", secure=True)).secure
+
+
 def test_the_default_port_need_not_be_said() -> None:
     assert tcp_uri("disk", "h") == "nbd://h/disk"
 

@@ -280,6 +280,31 @@ def test_a_client_that_talks_on_in_the_clear_after_the_answer_is_cut(loop: str, 
         assert said[:1] in (b"", b"\x15"), "an answer that is no TLS alert (P63)"
 
 
+def test_garbled_handshakes_end_one_connection_each(loop: str, disk: MemoryDisk, tls: Tls, pki: Pki) -> None:
+    limits = Limits(handshake_seconds=3 * PATIENCE, pending_handshakes=1000)
+    with (
+        serving(disk, tls, TlsMode.ALLOW, loop=loop, limits=limits) as server,
+        HealthyClient(server.address, CONTENT, name="disk") as healthy,
+    ):
+        for seed in range(100):
+            chance = random.Random(seed)
+            hello = ssl.MemoryBIO()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                trusting(pki.server).wrap_bio(ssl.MemoryBIO(), hello).do_handshake()
+            said = bytearray(hello.read())
+            for _ in range(chance.randint(1, 5)):
+                said[chance.randrange(len(said))] = chance.randrange(256)
+            with Client(server.address) as client, contextlib.suppress(ConnectionError):
+                client.hello()
+                client.socket.sendall(FLAGS)
+                assert answer(client, STARTTLS) == ACK, f"seed {seed}"
+                client.socket.sendall(said)
+                client.socket.shutdown(socket.SHUT_WR)
+                while client.socket.recv(1 << 16):
+                    pass
+        healthy.wait_for_a_round()
+
+
 def test_a_client_may_vanish_at_every_byte_of_the_tls_handshake(
     loop: str, disk: MemoryDisk, strict: Tls, pki: Pki
 ) -> None:
