@@ -8,8 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from nbdq.errors import ExportError
+from nbdq.nbd.exports import Negotiated
 from nbdq.server.access import Access
-from nbdq.server.export import Export
+from nbdq.server.census import Census
+from nbdq.server.entrance import Entrance
+from nbdq.server.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.peer import Identity, Peer, host_of
 from tests.server.client import EXPORT_NAME, LIST, Client, handshake, option
@@ -166,6 +169,16 @@ def test_what_is_demanded_changes_for_who_comes_and_cuts_nobody(loop: str, disk:
         server.call(lambda: setattr(export, "access", Access.of(networks=["192.0.2.0/24"])))
         assert answers(server.connect(), handshake(structured=False), 7)[0][1] == UNKNOWN
         assert early.read(0, 512) == CONTENT[:512]
+
+
+def test_demands_that_changed_while_a_client_was_being_told_of_an_export_hold(disk: MemoryDisk) -> None:
+    export = Export.read_only("", disk)
+    entrance = Entrance(Exports([export]), remote("192.0.2.1"), Census(Limits()))
+    info = entrance.find("")
+    assert info is not None
+    assert entrance.chosen(Negotiated(info, False, ())) is export
+    export.access = Access.of(networks=["198.51.100.0/24"])
+    assert entrance.chosen(Negotiated(info, False, ())) is None
 
 
 def test_an_export_that_demands_tls_says_so_where_it_can_be_had_only_to_those_who_may_come_near(

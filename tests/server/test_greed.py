@@ -159,6 +159,26 @@ def test_one_batch_of_long_status_queries_is_not_answered_before_any_of_it_is_se
         assert len(disk.performed) <= 100  # half a MiB each
 
 
+@pytest.mark.parametrize(
+    ("limits", "extents"),
+    [(Limits(status_seconds=0), 8), (Limits(status_seconds=1e-9), 2), (Limits(status_extents=3), 3)],
+    ids=["none", "time", "extents"],
+)
+def test_a_status_is_as_long_as_the_limits_allow(loop: str, limits: Limits, extents: int) -> None:
+    class PieceDisk(FragmentedDisk):
+        """What is known in pieces, as of a chain that has to be read for it."""
+
+        def status(self, offset: int, length: int) -> Iterator[Status]:
+            for start in range(offset, offset + length, 1024):
+                yield from super().status(start, 1024)
+
+    disk = PieceDisk(4096, cached=False)
+    with LoopServer(Export.read_only("", disk), loop=loop, limits=limits) as server:
+        client = server.connect().go(contexts=STATUS)
+        (found,) = client.ask(BLOCK_STATUS, 0, 4096).status.values()
+        assert len(found) == extents
+
+
 @pytest.mark.parametrize("command", [CACHE, READ, BLOCK_STATUS])
 def test_one_client_does_not_take_the_pool_for_itself(loop: str, command: int) -> None:
     disk = MemoryDisk(CONTENT, cached=False)

@@ -134,6 +134,16 @@ def test_other_rates_hold_at_once_and_forgive_debts() -> None:
     assert waiter.requests == pytest.approx(1000, abs=10)
 
 
+def test_who_has_left_is_not_given_a_turn() -> None:
+    time = Time()
+    throttle, (gone, there) = waiters(time, Rates(requests=10, burst=0.1), *2 * (lambda: (0, READ, 0, 0, 512),))
+    throttle.forget(gone.resume)
+    before = gone.requests
+    time.run_until(10)
+    assert gone.requests == before
+    assert there.requests >= 95
+
+
 @pytest.mark.parametrize("rates", [{"requests": -1}, {"bytes": -1}, {"burst": 0}])
 def test_rates_that_make_no_sense_are_refused(rates: dict[str, float]) -> None:
     with pytest.raises(ExportError):
@@ -215,15 +225,14 @@ def test_a_client_that_leaves_gets_no_further_than_the_rate_allows(loop: str) ->
         assert len(disk.performed) <= 2 + 2 * (time.monotonic() - begun) + 1
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_what_is_written_at_a_limited_pace_is_what_was_sent(loop: str, seed: int) -> None:
+@pytest.mark.parametrize(("cached", "burst", "seed"), [(True, 0.02, 0), (True, 0.02, 1), (False, 1, 2), (False, 1, 3)])
+def test_what_is_written_at_a_limited_pace_is_what_was_sent(loop: str, cached: bool, burst: float, seed: int) -> None:
     """Payloads wait in the receive buffer, in memory of their own, or in the socket, and none takes another's place."""
-    chance = random.Random(seed)
+    chance, limits = random.Random(seed), Limits(requests=4)
     slot, count = 512 << 10, 40
-    disk = WritableDisk(bytes(3 * count * slot))
-    with LoopServer(
-        Export.writable("", disk, rates=Rates(requests=400, bytes=100 * MIB, burst=0.02)), loop=loop
-    ) as server:
+    disk = WritableDisk(bytes(3 * count * slot), cached=cached)
+    rates = Rates(requests=400, bytes=100 * MIB, burst=burst)
+    with LoopServer(Export.writable("", disk, rates=rates), loop=loop, limits=limits) as server:
         expected: dict[int, bytes] = {}
         clients = [server.connect().go() for _ in range(3)]
         for number, client in enumerate(clients):
