@@ -14,8 +14,9 @@ from nbdq.cli.config_reader import Problems, keys_of, read_table
 from nbdq.cli.settings import Settings
 from tests.support.cli import run_nbdq
 from tests.support.configured import configured
+from tests.support.pki import Authority
 from tests.support.serving import serve
-from tests.support.tools import requires, run
+from tests.support.tools import execute, requires, run
 
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nbdq.toml"
@@ -174,6 +175,38 @@ def test_one_image_may_have_several_exports_with_rights_of_their_own(image: Path
         run("qemu-io", "-f", "raw", "-c", "write -P 7 0 4k", server.uri("disk"))
         run("qemu-io", "-f", "raw", "-r", "-c", "read -P 7 0 4k", server.uri("ro"))
         assert "is_read_only: true" in run("nbdinfo", server.uri("ro"))
+
+
+@requires("nbdinfo", "certtool")
+def test_exports_may_demand_an_identity_that_tls_proves(image: Path, tmp_path: Path) -> None:
+    """P64, R-16."""
+    authority = Authority(tmp_path / "ca")
+    certificates = authority.server(tmp_path / "server")
+    clients = [authority.client(tmp_path / name, name) for name in ("backup", "stranger")]
+    body = f"""
+        [tls]
+        mode = "allow"
+        certificates = "{certificates}"
+        [[export]]
+        image = "{image}"
+        name = "open"
+        [[export]]
+        image = "{image}"
+        name = "secret"
+        access = {{ subjects = ["*CN=backup*"] }}
+    """
+    with configured(body) as server:
+        assert server.names() == ["open"]
+        words = [
+            f"nbds+unix://localhost/secret?socket={server.server.socket}&tls-certificates={path}" for path in clients
+        ]
+        assert run("nbdinfo", "--size", words[0]) == f"{1 << 20}\n"
+        assert "no export named 'secret'" in execute("nbdinfo", "--size", words[1]).stderr
+        server.reload(body.replace("*CN=backup*", "*CN=stranger*"))
+        assert run("nbdinfo", "--size", words[1]) == f"{1 << 20}\n"
+        server.write(body.replace(str(certificates), str(tmp_path)))
+        assert "server-cert.pem" in server.refusal("x-nbdq-reload")
+        assert run("nbdinfo", "--size", words[1]) == f"{1 << 20}\n"
 
 
 # The documentation.
