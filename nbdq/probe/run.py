@@ -55,8 +55,8 @@ def select(items: Sequence[str]) -> list[Check]:
     """
     wanted = {item.casefold() for item in items}
     known = {key.casefold() for check in CHECKS for key in (*check.items, check.name)}
-    if unknown := wanted - known:
-        raise ValueError(f"no check of {', '.join(sorted(unknown))}; --list shows all")
+    if unknown := [item for item in items if item.casefold() not in known]:
+        raise ValueError(f"no check of {', '.join(map(printable, unknown))}; --list shows all")
     return [
         check for check in CHECKS if not wanted or wanted & {check.name, *(item.casefold() for item in check.items)}
     ]
