@@ -31,8 +31,9 @@ class Channel:
         self._deadline = time.monotonic() + timeout
 
     @property
-    def encrypted(self) -> bool:
-        return isinstance(self._socket, ssl.SSLSocket)
+    def tls_version(self) -> str:
+        """How it is encrypted, as in "TLSv1.3"; empty if it is not."""
+        return (self._socket.version() or "") if isinstance(self._socket, ssl.SSLSocket) else ""
 
     @property
     def unread(self) -> int:

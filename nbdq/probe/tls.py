@@ -1,9 +1,11 @@
 """Checks of STARTTLS: with ``nbd://`` of its refusal, with ``nbds://`` of TLS itself (P60-P64)."""
 
 import ssl
+import warnings
+from contextlib import suppress
 
 from nbdq.client.connection import Connection
-from nbdq.client.tls import tls_hostname
+from nbdq.client.tls import tls_context, tls_hostname
 from nbdq.client.wire import option_name, pack_option, reply_name
 from nbdq.nbd.constants import Command, Option, OptionReply, TransmissionFlag
 from nbdq.probe.check import Level, check
@@ -75,6 +77,20 @@ def tls_within_tls(target: Target) -> None:
         for option, data in ((Option.LIST, b""), (Option.INFO, info_data(NO_EXPORT))):
             reply = _reply(connection, option, data)
             expect(reply != OptionReply.ERR_TLS_REQD, f"{option.name} demands TLS within TLS")
+
+
+@check("P60", Level.SHOULD)
+def tls_before_version_1_2(target: Target) -> None:
+    """TLS older than version 1.2 is refused."""
+    target.tls()
+    context = tls_context(target.uri)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that is the point
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with target.plain() as connection, suppress(ConnectionError, ssl.SSLError):
+        connection.start_tls(context, tls_hostname(target.uri))
+        raise Deviation(f"{connection.channel.tls_version} is accepted")
 
 
 @check("P61", Level.MUST)

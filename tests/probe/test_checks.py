@@ -19,7 +19,7 @@ pytestmark = requires("certtool")
 _READ_ONLY = {"read-only-is-read-only", "read-only-says-eperm"}
 _ALIGNED = {"misaligned-read", "misaligned-write", "sizes-fit"}
 _SELECTIVE_TLS = {"tls-forgets-what-was-agreed"}
-_TLS = {"tls-within-tls", "what-is-injected-before-tls", "failed-tls", *_SELECTIVE_TLS}
+_TLS = {"tls-within-tls", "tls-before-version-1-2", "what-is-injected-before-tls", "failed-tls", *_SELECTIVE_TLS}
 _TLS_ASKED_FOR_IN_VAIN = {"tls-is-demanded-of-all-or-of-exports", "export-name-does-not-avoid-tls"}
 
 #: Waits a minute.
@@ -41,6 +41,10 @@ def _server(check: str, pki: Path, *, right: bool = False) -> FaultyServer:
     if check in _TLS | _TLS_ASKED_FOR_IN_VAIN:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(pki / "server-cert.pem", pki / "server-key.pem")
+        if check == "tls-before-version-1-2" and not right:
+            with pytest.warns(DeprecationWarning, match="TLSv1"):
+                tls.minimum_version = ssl.TLSVersion.TLSv1
+            tls.set_ciphers("ALL:@SECLEVEL=0")
     return FaultyServer(
         fault="" if right else check,
         tls=tls,
