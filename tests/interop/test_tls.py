@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support.images import Layer, Variant, build
-from tests.support.pki import Authority
+from tests.support.pki import Authority, Pki
 from tests.support.serving import PATIENCE, Server, refusal, serve
 from tests.support.tools import execute, requires, run
 
@@ -47,12 +47,6 @@ class Place(NamedTuple):
         credentials = f"tls-creds-x509,id=tls,endpoint=client,dir={client or self.client}"
         options = f"driver=nbd,host=localhost,port={self.port},export=disk,tls-creds=tls"
         return (*words, "--object", credentials, "--image-opts", options)
-
-
-class Pki(NamedTuple):
-    authority: Authority
-    server: Path
-    client: Path
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from nbdq.server.export import Export
+from nbdq.server.tls import Tls, TlsSettings
 from tests.server.harness import LOOPS, LoopServer, MemoryDisk
+from tests.support.pki import Authority, Pki
 
 CONTENT = random.Random("content").randbytes(4 << 20)
 
@@ -46,3 +48,23 @@ def many_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    """For tests of TLS."""
+    directory = tmp_path_factory.mktemp("pki")
+    authority = Authority(directory / "authority")
+    return Pki(authority, authority.server(directory / "server"), authority.client(directory / "client"))
+
+
+@pytest.fixture
+def tls(pki: Pki) -> Tls:
+    """The server's side, without demands on clients."""
+    return Tls(TlsSettings(certificates=str(pki.server), verify_peer=False))
+
+
+@pytest.fixture
+def strict(pki: Pki) -> Tls:
+    """The server's side; clients need a certificate."""
+    return Tls(TlsSettings(certificates=str(pki.server)))

@@ -18,7 +18,7 @@ from nbdq.server.tls import Tls, TlsSettings
 from tests.server.client import ACK, GO
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk
-from tests.server.test_tls import FLAGS, GO_DISK, STARTTLS, UNKNOWN, TlsClient, answer
+from tests.server.secure import FLAGS, GO_DISK, STARTTLS, UNKNOWN, TlsClient, answer
 from tests.support.tools import requires, run
 
 KEY = "00112233445566778899aabbccddeeff"

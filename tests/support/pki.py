@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.support.tools import run
 
@@ -58,6 +59,14 @@ class Authority:
         path = self.directory / "template"
         path.write_text("\n".join((*lines, "")))
         return path
+
+
+class Pki(NamedTuple):
+    """An authority, and directories of credentials for a server and a client."""
+
+    authority: Authority
+    server: Path
+    client: Path
 
 
 def _make_key(path: Path) -> None:
