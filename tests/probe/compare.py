@@ -213,7 +213,10 @@ _CAUSES = {
     ("writes-beyond-the-end", "nbdkit"): "as above.",
     ("tls-before-version-1-2", "qemu-nbd"): "it leaves the versions to GnuTLS, which has them in its defaults.",
     ("tls-before-version-1-2", "nbdkit"): "as above.",
-    ("tls-before-version-1-2", "nbd-server"): "as above.",
+    (
+        "tls-before-version-1-2",
+        "nbd-server",
+    ): "its source asks for TLS 1.2 alone, which is not in force: 1.3 works, too.",
     ("data-where-none-belongs", "nbd-server"): "it answers LIST with ERR_INVALID, and then with the list.",
     ("data-of-starttls", "nbd-server"): "it takes the length in the wrong order of bytes, and waits for so many.",
     ("info-says-what-go-says", "nbd-server"): "it looks at the file only when it is asked to GO.",
