@@ -296,6 +296,8 @@ class Protocol(RuleBasedStateMachine):
 
         self.server.call(change)
         self.model.resize(size)
+        for connection in self.connections:
+            connection.client.size = size * UNIT
 
     @rule(which=st.integers(0, 2), writable=st.booleans(), at_once=st.booleans())
     def add_or_remove_export(self, which: int, writable: bool, at_once: bool) -> None:
