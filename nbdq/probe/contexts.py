@@ -37,6 +37,7 @@ _UNKNOWN_CONTEXT = "x-nbdq-probe:nothing"
 
 def _need_contexts(target: Target) -> str:
     target.need(target.contexts, "the export has no metadata contexts")
+    target.need(target.size, "the export is empty")
     return BASE_ALLOCATION if BASE_ALLOCATION in target.contexts else target.contexts[0]
 
 
@@ -165,7 +166,7 @@ def one_extent(target: Target) -> None:
     """BLOCK_STATUS with REQ_ONE is answered with one extent for each context, not longer than the request."""
     _need_contexts(target)
     for session in target.sessions(*target.contexts[:8]):
-        for offset in {0, target.size // 2 // target.block * target.block, target.size - target.block}:
+        for offset in {0, target.size // 2 // target.block * target.block, target.last}:
             for length in {target.block, target.size - offset}:
                 length = min(length, (1 << 32) - (1 << 16))
                 expect_success(session.call(Command.BLOCK_STATUS, offset, length, flags=CommandFlag.REQ_ONE))
@@ -186,7 +187,7 @@ def zeros_are_zeros(target: Target) -> None:
         zeros: list[tuple[int, int]] = []
         for extent in transaction.extents.popitem()[1]:
             if extent.status & AllocationState.ZERO and len(zeros) < 16:
-                zeros.append((offset, min(extent.length, _SAMPLE, target.size - offset)))
+                zeros.append((offset, min(extent.length, target.length(_SAMPLE), target.size - offset)))
             offset += extent.length
         with target.session() as session:
             for start, length in zeros:
@@ -197,6 +198,7 @@ def zeros_are_zeros(target: Target) -> None:
 
 def _allocation(target: Target) -> list[tuple[int, Transaction]]:
     """The status of the beginning and of the middle of the export: offset and answer."""
+    _need_contexts(target)
     target.need(BASE_ALLOCATION in target.contexts, f"the export does not have {BASE_ALLOCATION}")
     with target.session(STRUCTURED, BASE_ALLOCATION) as session:
         length = min(target.size, 1 << 30)
@@ -210,7 +212,7 @@ def status_beyond_the_end(target: Target) -> None:
     name = _need_contexts(target)
     block = target.block
     for session in target.sessions(name):
-        for offset, length in ((target.size, block), (target.size - block, 2 * block), ((1 << 64) - block, block)):
+        for offset, length in ((target.size, block), (target.last, 2 * block), ((1 << 64) - block, block)):
             error = session.call(Command.BLOCK_STATUS, offset, length).error
             expect(error == Errno.EINVAL, f"{length} bytes at {offset} are answered with {error_name(error)}")
         expect_alive(session, target)

@@ -85,7 +85,7 @@ def huge_lengths(target: Target) -> None:
 @check("P120", Level.MUST)
 def status_of_some_contexts(target: Target) -> None:
     """BLOCK_STATUS with a list of contexts is answered for those alone."""
-    target.need(target.contexts, "the export has no metadata contexts")
+    target.need(target.contexts and target.size, "the export is empty, or has no metadata contexts")
     with target.session(EXTENDED, *target.contexts[:4]) as session:
         _need_payload(session, target)
         for number in session.contexts.values():
@@ -102,7 +102,7 @@ def status_of_some_contexts(target: Target) -> None:
 @check("P120", Level.MUST)
 def wrong_lists_of_contexts(target: Target) -> None:
     """A list with contexts that are unknown, repeated or cut short is skipped, and answered with EINVAL."""
-    target.need(target.contexts, "the export has no metadata contexts")
+    target.need(target.contexts and target.size, "the export is empty, or has no metadata contexts")
     with target.session(EXTENDED, *target.contexts[:4]) as session:
         number = next(iter(session.contexts.values()))
         unknown = max(session.contexts.values()) + 1

@@ -43,7 +43,7 @@ def _commands(target: Target) -> list[int]:
 def read(target: Target) -> None:
     """READ gives the whole range, the same one in every mode."""
     target.need(target.size, "the export is empty")
-    ends = {(0, min(target.size, 65536)), (target.size - target.block, target.block), (0, target.block)}
+    ends = {(0, target.length(65536)), (target.last, target.block), (0, target.block)}
     contents = []
     for session in target.sessions():
         contents.append([expect_success(session.call(Command.READ, *end)).data for end in sorted(ends)])
@@ -75,10 +75,10 @@ def cookies(target: Target) -> None:
 def thousands_of_requests(target: Target) -> None:
     """Two thousand requests at once are all answered, once each and with their own data."""
     target.need(target.size, "the export is empty")
-    blocks = min(target.size // target.block, 128)
+    length = target.length(128 * target.block)
     for session in target.sessions():
-        whole = expect_success(session.call(Command.READ, 0, blocks * target.block)).data
-        offsets = random.Random(_PIPELINED).choices(range(0, len(whole), target.block), k=_PIPELINED)
+        whole = expect_success(session.call(Command.READ, 0, length)).data
+        offsets = random.Random(_PIPELINED).choices(range(0, length - target.block + 1, target.block), k=_PIPELINED)
         asked = {session.expect(Command.READ, offset, target.block): offset for offset in offsets}
         session.channel.send(
             b"".join(session.pack(Command.READ, cookie, offset, target.block) for cookie, offset in asked.items())
@@ -177,7 +177,7 @@ def reads_beyond_the_end(target: Target) -> None:
         ((1 << 64) - block, 2 * block),
     ]
     if target.size >= block:
-        beyond.append((target.size - block, 2 * block))
+        beyond.append((target.last, 2 * block))
     for session in target.sessions():
         for command in set(_commands(target)) - {Command.FLUSH}:
             for offset, length in beyond:
@@ -200,9 +200,8 @@ def huge_read(target: Target) -> None:
 @check("P85 P128", Level.MUST)
 def largest_read(target: Target) -> None:
     """A READ of as much as the server says it can give, or of 32 MiB, succeeds."""
-    length = min(target.size, target.sizes.maximum, 32 << 20)
+    length = target.length(32 << 20)
     target.need(length, "the export is empty")
-    length -= length % target.sizes.minimum
     for session in target.sessions():
         expect_success(session.call(Command.READ, 0, length))
 
@@ -224,7 +223,7 @@ def unfragmented_read(target: Target) -> None:
     target.need(target.size, "the export is empty")
     for session in target.sessions():
         if TransmissionFlag.SEND_DF in session.export.flags:
-            length = min(65536, target.size - target.size % target.sizes.minimum, target.sizes.maximum)
+            length = target.length(65536)
             transaction = expect_success(session.call(Command.READ, 0, length, flags=CommandFlag.DF))
             expect(sum(kind in _CONTENT for kind in transaction.kinds) == 1, f"{len(transaction.kinds)} chunks")
 
@@ -260,7 +259,7 @@ def disconnecting(target: Target) -> None:
 def requests_before_disconnecting(target: Target) -> None:
     """What was asked before DISC is answered, and then the connection ends."""
     target.need(target.size, "the export is empty")
-    length = min(target.size - target.size % target.sizes.minimum, target.sizes.maximum, _IN_FLIGHT)
+    length = target.length(_IN_FLIGHT)
     for session in target.sessions():
         cookies = [session.expect(Command.READ, 0, length) for _ in range(16)]
         requests = [session.pack(Command.READ, cookie, 0, length) for cookie in cookies]
@@ -291,7 +290,7 @@ def client_that_does_not_listen(target: Target) -> None:
     """A client that asks for much, reads nothing and leaves harms nobody else."""
     target.need_several()
     target.need(target.size, "the export is empty")
-    length = min(target.size - target.size % target.sizes.minimum, target.sizes.maximum, 16 << 20)
+    length = target.length(16 << 20)
     with target.session() as witness:
         for session in target.sessions():
             cookies = [session.expect(Command.READ, 0, length) for _ in range(16)]

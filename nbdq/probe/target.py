@@ -117,6 +117,16 @@ class Target:
         """A length that every request can have, if the export is that long."""
         return min(max(512, self.sizes.minimum), self.size)
 
+    @property
+    def last(self) -> int:
+        """The offset of the last :attr:`block` that is aligned."""
+        return (self.size - self.block) // self.sizes.minimum * self.sizes.minimum
+
+    def length(self, limit: int) -> int:
+        """How many bytes from the start of the export one READ or WRITE may be about, ``limit`` at most."""
+        length = min(limit, self.size, self.sizes.maximum)
+        return length - length % self.sizes.minimum
+
     def has(self, flag: TransmissionFlag) -> bool:
         return flag in self.export.flags
 

@@ -31,7 +31,7 @@ def _expect_content(session: Session, offset: int, data: bytes) -> None:
 def write(target: Target) -> None:
     """What was written can be read, and nothing beside it has changed."""
     target.need_writable()
-    length = min(target.size // target.block, 64) * target.block
+    length = target.length(64 * target.block)
     for seed, session in enumerate(target.sessions(), 1):
         base = _data(length, seed)
         expect_success(_write(session, 0, base))
@@ -91,7 +91,8 @@ def flush_covers_other_connections(target: Target) -> None:
 def write_zeroes(target: Target) -> None:
     """What WRITE_ZEROES wrote reads as zeros, with NO_HOLE, too, and nothing beside it has changed."""
     target.need_writable(TransmissionFlag.SEND_WRITE_ZEROES)
-    block, count = target.block, min(target.size // target.block, 256)
+    block = target.block
+    count = target.length(256 * block) // block
     for session in target.sessions():
         for flags in (0, int(CommandFlag.NO_HOLE)):
             base = _data(count * block, 5)
@@ -155,7 +156,7 @@ def writes_beyond_the_end(target: Target) -> None:
     """WRITE and WRITE_ZEROES behind the end are answered with ENOSPC, TRIM with EINVAL; the connection goes on."""
     target.need_writable()
     block = target.block
-    ranges = ((target.size, block), (target.size - block, 2 * block), ((1 << 64) - block, block))
+    ranges = ((target.size, block), (target.last, 2 * block), ((1 << 64) - block, block))
     for session in target.sessions():
         for command in (Command.WRITE, *_payload_less(target)):
             due = Errno.EINVAL if command == Command.TRIM else Errno.ENOSPC
