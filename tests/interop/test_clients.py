@@ -54,7 +54,10 @@ def test_nbdinfo_describes_the_export(disk: Disk) -> None:
         "export-name": "disk",
         "description": "the words of the operator",
         "export-size": SIZE,
-        "contexts": ["base:allocation", "qemu:allocation-depth"],
+        "contexts": [
+            *("base:allocation", "qemu:allocation-depth"),
+            *("x-nbdq:layer", "x-nbdq:compressed", "x-nbdq:host-sector", "x-nbdq:since:1"),
+        ],
         "is_rotational": False,
         "is_read_only": True,
         "can_cache": True,
