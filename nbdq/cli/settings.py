@@ -159,6 +159,15 @@ class DirectorySettings(Offer):
     rescan_seconds: float = 10.0
     """Between looks at what is there; 0: only on SIGHUP."""
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: two keys contradict each other, or one makes no sense.
+        """
+        super().__post_init__()
+        if 0 < self.rescan_seconds < 0.1:
+            raise ExportError(f"rescan-seconds: {self.rescan_seconds:g} is less than 0.1, and not 0")
+
 
 @dataclass(frozen=True)
 class LogSettings:

@@ -108,6 +108,7 @@ def test_all_that_is_wrong_is_told_in_one_run_each_with_its_place(image: Path, t
         ('[[export]]\nimage = "none"\n', 'export 1 ("none"): none: there is no such file'),
         ('[[export-directory]]\npath = "none"\n', 'export-directory 1 ("none"): none: there is no such directory'),
         ('[[export]]\nimage = "IMAGE"\n[[export]]\nimage = "IMAGE"\n', "another export has the name 'disk', too"),
+        ('[[export-directory]]\npath = "."\nrescan-seconds = 0.01\n', "rescan-seconds: 0.01 is less than 0.1"),
         ('[[export]]\nimage = "IMAGE"\nmax-connections = -1\n', "max-connections: must not be negative"),
         ('[[export]]\nimage = "IMAGE"\nmax-connections = true\n', "is true or false, but must be a whole number"),
         ('[[export]]\nimage = "IMAGE"\nimage-2 = 2026-01-01\n', "unknown key 'image-2'; did you mean 'image'?"),
