@@ -24,14 +24,15 @@ _SPECIAL = frozenset('"+,;<>\\')
 
 def identity_of(certificate: Mapping[str, Any]) -> Identity:
     """The owner of a certificate that was verified, as ``getpeercert`` describes it."""
-    names = (f"{_KINDS[kind]}:{value}" for kind, value in certificate.get("subjectAltName", ()) if kind in _KINDS)
-    return Identity(distinguished_name(certificate.get("subject", ())), frozenset(names))
+    parts = _parts(certificate.get("subject", ()))
+    names = {f"{_KINDS[kind]}:{value}" for kind, value in certificate.get("subjectAltName", ()) if kind in _KINDS}
+    names.add(",".join(parts))  # what QEMU 7.2 compares with its lists, although its manual has the other order
+    return Identity(",".join(reversed(parts)), frozenset(names))
 
 
-def distinguished_name(sets: Iterable[Iterable[tuple[str, str]]]) -> str:
-    """A name as RFC 4514 writes it: the last part of the certificate's order first, parts divided by commas."""
-    parts = ["+".join(f"{_ATTRIBUTES.get(key, key)}={_escaped(value)}" for key, value in part) for part in sets]
-    return ",".join(reversed(parts))
+def _parts(sets: Iterable[Iterable[tuple[str, str]]]) -> list[str]:
+    """The parts of a name, each as RFC 4514 writes it; that has the last one first, and commas between them."""
+    return ["+".join(f"{_ATTRIBUTES.get(key, key)}={_escaped(value)}" for key, value in part) for part in sets]
 
 
 def _escaped(value: str) -> str:

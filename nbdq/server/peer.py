@@ -20,7 +20,8 @@ class Identity:
     subject: str
     """Of its certificate, as RFC 4514 writes it, most significant part last; empty for a pre-shared key."""
     names: frozenset[str]
-    """``DNS:…``, ``URI:…``, ``IP:…``, ``email:…`` of the certificate, or ``PSK:`` and the name of the key."""
+    """``DNS:…``, ``URI:…``, ``IP:…``, ``email:…`` of the certificate, and its subject in the order in which it has the
+    parts, as QEMU writes it; or ``PSK:`` and the name of the key."""
 
 
 @dataclass

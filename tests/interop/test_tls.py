@@ -2,8 +2,12 @@
 
 import filecmp
 import json
+import re
 import signal
 import ssl
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -175,6 +179,53 @@ def test_a_unix_socket_can_demand_tls_too(pki: Pki, image: tuple[Path, Path]) ->
         options = f"driver=nbd,path={server.socket},export=disk,tls-creds=tls,tls-hostname=localhost"
         credentials = f"tls-creds-x509,id=tls,endpoint=client,dir={pki.client}"
         run("qemu-img", "info", "--object", credentials, "--image-opts", options)
+
+
+def test_a_subject_that_qemu_nbd_lets_in_is_let_in_by_us(pki: Pki, image: tuple[Path, Path], tmp_path: Path) -> None:
+    """The string that QEMU compares, taken from what it says when it refuses."""
+    name = subject_as_qemu_says_it(pki, image[0])
+    assert "laptop.example.com" in name
+    for subject, admitted in ((name, True), (name + "x", False)):
+        config = tmp_path / "nbdq.toml"
+        config.write_text(f"""
+            [[listen]]
+            port = 0
+            [tls]
+            certificates = {json.dumps(str(pki.server))}
+            [[export]]
+            image = {json.dumps(str(image[0]))}
+            name = "disk"
+            read-only = true
+            access = {{ subjects = [{json.dumps(subject)}] }}
+        """)
+        command = [sys.executable, "-m", "nbdq", "serve", "--config", str(config)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                uri = server.stdout.readline().strip()
+                found = execute("nbdinfo", "--size", f"{uri}?tls-certificates={pki.client}")
+                assert (found.returncode == 0) == admitted, found.stderr
+            finally:
+                server.terminate()
+                assert server.wait(PATIENCE) == 0
+
+
+def subject_as_qemu_says_it(pki: Pki, image: Path) -> str:
+    credentials = f"tls-creds-x509,id=tls,endpoint=server,dir={pki.server},verify-peer=yes"
+    words = ("--object", credentials, "--tls-creds", "tls", "--object", "authz-simple,id=who,identity=nobody")
+    with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
+        path = Path(directory, "socket")
+        command = ["qemu-nbd", "-r", "-k", str(path), *words, "--tls-authz", "who", str(image)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            try:
+                wait_until(path.exists)
+                execute("nbdinfo", "--size", f"nbds+unix:///?socket={path}&tls-certificates={pki.client}")
+                assert server.stderr is not None
+                match = re.search("authz check for (.*) is denied", server.stderr.readline())
+            finally:
+                server.kill()
+    assert match
+    return match[1]
 
 
 def test_where_tls_is_allowed_clients_choose(pki: Pki, image: tuple[Path, Path]) -> None:
