@@ -10,7 +10,7 @@ from nbdq.errors import ProtocolError
 from nbdq.nbd.constants import ClientFlag, HandshakeFlag, Option, OptionReply
 from nbdq.probe.check import Level, check
 from nbdq.probe.findings import Deviation, expect
-from nbdq.probe.target import NO_EXPORT, Target, answer, drip, expect_in_sync, expect_reply, go, info_data
+from nbdq.probe.target import NO_EXPORT, SETTLE, Target, answer, drip, expect_in_sync, expect_reply, go, info_data
 
 _UNKNOWN_OPTION = 0x6E62_6471
 _KNOWN_FLAGS = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
@@ -187,6 +187,7 @@ def clients_that_leave(target: Target) -> None:
             channel.receive(wire.HELLO.size)
             channel.send(whole[:length])
             channel.close()
+        time.sleep(SETTLE)
         try:
             witness.ask(_UNKNOWN_OPTION)
         except (OSError, ProtocolError) as error:

@@ -10,6 +10,7 @@ from nbdq.nbd.constants import ChunkType, Command, CommandFlag, Errno, Transmiss
 from nbdq.probe.check import Level, check
 from nbdq.probe.findings import Deviation, expect
 from nbdq.probe.target import (
+    SETTLE,
     STRUCTURED,
     Target,
     drip,
@@ -26,9 +27,6 @@ _IN_FLIGHT = 256 << 10
 
 _UNKNOWN_COMMANDS = (8, 99, 0xFFFF)
 _UNKNOWN_FLAG = 1 << 14
-
-#: Seconds in which a server that sends to somebody who does not read comes to the point where it has to wait.
-_SETTLE = 0.2
 
 _CONTENT = (ChunkType.OFFSET_DATA, ChunkType.OFFSET_HOLE)
 
@@ -296,8 +294,9 @@ def client_that_does_not_listen(target: Target) -> None:
             cookies = [session.expect(Command.READ, 0, length) for _ in range(16)]
             session.channel.send(b"".join(session.pack(Command.READ, cookie, 0, length) for cookie in cookies))
             session.channel.receive(1)
-            time.sleep(_SETTLE)
+            time.sleep(SETTLE)
             session.channel.close()
+            time.sleep(SETTLE)
             try:
                 expect_alive(witness, target)
             except (OSError, ProtocolError) as error:

@@ -22,6 +22,9 @@ _DEFAULT_SIZES = BlockSizes(minimum=1, preferred=4096, maximum=32 << 20)
 #: Seconds between two bytes.
 _PAUSE = 0.001
 
+#: Seconds in which a server comes to the point where it has to wait for its client, or notices that one has left.
+SETTLE = 0.1
+
 #: A name of which it is assumed that no export has it.
 NO_EXPORT = "nbdq-probe: no export has this name"
 
@@ -121,6 +124,11 @@ class Target:
     def last(self) -> int:
         """The offset of the last :attr:`block` that is aligned."""
         return (self.size - self.block) // self.sizes.minimum * self.sizes.minimum
+
+    @property
+    def end(self) -> int:
+        """The end of that block; what is behind it, if anything, no request can reach."""
+        return self.last + self.block
 
     def length(self, limit: int) -> int:
         """How many bytes from the start of the export one READ or WRITE may be about, ``limit`` at most."""

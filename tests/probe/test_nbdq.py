@@ -71,3 +71,10 @@ def test_without_permission_nothing_is_written(image: Path, tmp_path: Path) -> N
         assert not _deviations(server.uri())
     run("qemu-img", "convert", "-O", "raw", image, tmp_path / "after")
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_an_export_of_next_to_nothing_keeps_every_rule(tmp_path: Path, size: int) -> None:
+    (tmp_path / "raw").write_bytes(b"\1" * size)
+    with serve("-f", "raw", tmp_path / "raw") as server:
+        assert not _deviations(server.uri(), "--write")
