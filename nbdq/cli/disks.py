@@ -106,7 +106,7 @@ class _Change:
         unused = [disk for disk in self.opened if disk not in self.targets]
         self.opened = [disk for disk in self.opened if disk in self.targets]
         for disk in unused:
-            self.disks[disk.place].remove(disk)
+            self.disks[disk.place] = [one for one in self.disks.get(disk.place, ()) if one is not disk]
             if not disk.volume.is_closed:
                 disk.volume.close()
 
