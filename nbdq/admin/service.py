@@ -66,6 +66,10 @@ class Administration:
         known = (os.path.dirname(os.path.realpath(image)), *record.directories)
         return record.top.path, record.top.format, replace(policy, roots=(*policy.roots, *known))
 
+    def is_passing(self, image: str) -> bool:
+        """Whether the image is about to become part of a disk, or to be removed, and so is nobody else's business."""
+        return self._state.is_passing(image)
+
     async def start(
         self,
         volumes: Iterable[Volume],

@@ -163,6 +163,11 @@ class State:
         """What is known about the disk."""
         return self._disks.get(self._keys[name], DiskRecord())
 
+    def is_passing(self, path: str) -> bool:
+        """Whether the image at ``path`` is an overlay that is about to become part of a disk, or to be removed."""
+        place = _place(path)
+        return any(place in (*disk.pending, *disk.obsolete) for disk in list(self._disks.values()))
+
     @contextmanager
     def transaction(self) -> Iterator[Changes]:
         """Change the records of any number of disks: all are durable when the block ends, or none. Waits.

@@ -216,8 +216,8 @@ class Disks:
                     if disk is None and len(change.opened) >= at_once:
                         change.is_partial = True
                         continue
-                    if disk is not None and disk.place != os.path.realpath(each.settings.image):
-                        continue  # it lies over a disk, which keeps the name of the image that it began with
+                    if self._is_overlay_of_ours(each.settings.image, disk):
+                        continue
                     is_read_only = each.is_lower if disk is None else disk.volume.chain.read_only
                     each = replace(
                         each, settings=replace(each.settings, read_only=each.settings.read_only or is_read_only)
@@ -237,6 +237,15 @@ class Disks:
                 _log.warning("not offered: %s", text)
         self._complaints = complaints
         return change
+
+    def _is_overlay_of_ours(self, image: str, disk: _Disk | None) -> bool:
+        """Whether the image lies over a disk, or is about to, which keeps the name of the image that it began with."""
+        if disk is not None:
+            return disk.place != os.path.realpath(image)
+        if self._administration.is_passing(image):
+            return True
+        identity = _identity(image)  # asked for only now, because it may have become a top since it was passing
+        return any(disk.volume.chain.layers[0].storage.identity == identity for disk in self._disks)
 
     def _prepare_one(self, settings: ExportSettings, disk: _Disk | None, change: _Change, *, index_bytes: int) -> None:
         name = settings.export_name
