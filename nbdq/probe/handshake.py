@@ -176,7 +176,7 @@ def texts_of_errors(target: Target) -> None:
         answer(connection, _UNKNOWN_OPTION)
 
 
-@check("P5 P15 P94", Level.PRACTICE)
+@check("P15 P94 P141", Level.MUST)
 def clients_that_leave(target: Target) -> None:
     """A client that leaves at any point of the handshake harms nobody else."""
     target.need_several()

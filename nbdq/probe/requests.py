@@ -283,7 +283,7 @@ def wrong_request_magic(target: Target) -> None:
             pass
 
 
-@check("P94", Level.PRACTICE)
+@check("P94 P141", Level.MUST)
 def client_that_does_not_listen(target: Target) -> None:
     """A client that asks for much, reads nothing and leaves harms nobody else."""
     target.need_several()
