@@ -236,7 +236,9 @@ class Transmission:
         if length > MAXIMUM_PAYLOAD:
             self.failure = ProtocolError(f"a WRITE of {length} bytes; the limit is {MAXIMUM_PAYLOAD}")
             return end
-        if self.refusal(request) is not None:
+        refusal = self.refusal(request)
+        # A disk that is too small may have grown when the last byte comes; the payload must not be missing then.
+        if refusal is not None and (refusal.errno != Errno.ENOSPC or length > self.negotiated.export.maximum_block):
             self._draining = request
             return position + length
         self._writing = request

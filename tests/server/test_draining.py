@@ -445,6 +445,23 @@ def test_a_larger_disk_can_be_used_by_those_who_are_connected(loop: str, old: Wr
         assert client.error(READ, len(CONTENT) + 4096, 1) != 0
 
 
+@pytest.mark.parametrize("extended", [False, True])
+def test_a_write_that_begins_to_come_before_the_disk_is_larger_is_carried_out_or_refused(
+    loop: str, old: WritableDisk, extended: bool
+) -> None:
+    """R-71: whether there is room is decided when the last byte has come, and the first ones must not be lost then."""
+    export = Export.writable("", old)
+    larger = WritableDisk(CONTENT + bytes(BIG))
+    with LoopServer(export, loop=loop) as server:
+        client = server.connect().go(extended=extended)
+        client.socket.sendall(client.pack(WRITE, len(CONTENT), BIG) + OTHER[:1000])
+        assert server.connect().go().read(0, 512)
+        server.call(lambda: export.adopt(larger))
+        client.socket.sendall(OTHER[1000:BIG])
+        reply = client.reply()
+        assert larger.content[len(CONTENT) :] == (bytes(BIG) if reply.error else OTHER[:BIG])
+
+
 def test_a_smaller_disk_refuses_what_lies_behind_its_end(loop: str, old: WritableDisk) -> None:
     export = Export.writable("", old)
     smaller = WritableDisk(CONTENT[:4096])
