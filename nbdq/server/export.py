@@ -173,7 +173,7 @@ class Export:
         if at_once:
             self._cut_all()
             return
-        for client in self.clients:
+        for client in list(self.clients):  # one may be found to have left already
             client.refuse(_REMOVED)
         loop = asyncio.get_running_loop()
         loop.call_later(REFUSE_SECONDS, self._hang_up_on_all)

@@ -178,7 +178,7 @@ class Server:
         self.admit_nobody()
         if self._crowded is not None:
             self._crowded.cancel()
-        for export in self._exports.by_id.values():
+        for export in list(self._exports.by_id.values()):  # one ends with a last client that has left
             export.gate.pause.end()
             export.resume()  # what clients have sent is answered, although they were to be held back for longer
         for connection in self.census:

@@ -10,6 +10,7 @@ import pytest
 
 from nbdq.server.export import Export
 from nbdq.server.limits import Limits
+from nbdq.server.rate import Rates
 from tests.server.client import (
     ABORT,
     ACK,
@@ -263,6 +264,24 @@ def test_clients_of_a_removed_export_hear_that_it_is_gone_and_are_hung_up_on(loo
         assert disk.content[:512] == b"x" * 512
         assert client.is_closed()
         assert bystander.read(0, 512) == CONTENT[:512]
+
+
+def test_clients_that_have_vanished_do_not_keep_others_from_hearing_that_the_export_is_gone(loop: str) -> None:
+    """R-72, P99: that they have left is found out in the middle of telling everybody."""
+    export = Export.writable("", WritableDisk(CONTENT), rates=Rates(requests=0.01))
+    with LoopServer(export, loop=loop) as server:
+        clients = [server.connect().go() for _ in range(8)]
+        for number, client in enumerate(clients, 1):
+            client.send(READ, 0, 512)
+            client.send(READ, 0, 512)
+            throttle = export.throttle
+            assert throttle is not None
+            server.wait_for(lambda n=number: throttle.waiting == n, "clients that wait for their turn")  # type: ignore[misc]
+        for vanished in clients[:-1]:
+            vanished.socket.close()
+        server.call(export.cut)
+        clients[-1].replies()
+        assert clients[-1].error(READ, 0, 512) == ESHUTDOWN
 
 
 def test_a_slot_of_an_export_is_free_when_its_client_has_vanished(loop: str) -> None:
