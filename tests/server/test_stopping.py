@@ -269,13 +269,13 @@ def test_clients_of_a_removed_export_hear_that_it_is_gone_and_are_hung_up_on(loo
 def test_clients_that_have_vanished_do_not_keep_others_from_hearing_that_the_export_is_gone(loop: str) -> None:
     """R-72, P99: that they have left is found out in the middle of telling everybody."""
     export = Export.writable("", WritableDisk(CONTENT), rates=Rates(requests=0.01))
+    throttle = export.throttle
+    assert throttle is not None
     with LoopServer(export, loop=loop) as server:
         clients = [server.connect().go() for _ in range(8)]
         for number, client in enumerate(clients, 1):
             client.send(READ, 0, 512)
             client.send(READ, 0, 512)
-            throttle = export.throttle
-            assert throttle is not None
             server.wait_for(lambda n=number: throttle.waiting == n, "clients that wait for their turn")  # type: ignore[misc]
         for vanished in clients[:-1]:
             vanished.socket.close()
