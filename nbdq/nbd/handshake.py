@@ -39,6 +39,10 @@ MAXIMUM_DISCARD = 1 << 20
 #: Metadata contexts that one client may select (reliability 3.2).
 MAXIMUM_CONTEXTS = 16
 
+#: Replies of one call to :meth:`Handshake.receive`, and those to one option more. A LIST may have thousands, and a few
+#: KiB hold hundreds of LISTs.
+_REPLIES_AT_ONCE = 256
+
 _HELLO = struct.pack(">QQH", NBDMAGIC, IHAVEOPT, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 _CLIENT_FLAGS = struct.Struct(">I")
 _CLIENT_FLAGS_OFFERED = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)  # the inverse of an IntFlag lacks bits
@@ -70,6 +74,9 @@ class Handshake:
         self.starting_tls = False
         """The replies of that call to :meth:`receive` are the last in the clear: once they are sent TLS begins, and
         when that stands :meth:`secured` is called, before anything else."""
+        self.has_more = False
+        """There were so many replies that more options may be here already: once they are sent, call :meth:`receive`
+        with nothing."""
         self.leftover = b""
         """What was received behind the handshake, set with ``negotiated``: the start of transmission."""
 
@@ -110,6 +117,7 @@ class Handshake:
         if self.finished:
             return []
         self._buffer += data
+        self.has_more = False
         try:
             next(self._conversation, None)
         except ProtocolError as error:
@@ -126,6 +134,7 @@ class Handshake:
         self._secure = True
         self._structured = self._extended = False
         self._selected_from, self._selected_contexts = None, ()
+        self._listed = False  # there may be more to see now
 
     def shut_down(self) -> None:
         """Answer further options with ERR_SHUTDOWN, except ABORT (P99)."""
@@ -141,6 +150,9 @@ class Handshake:
         self._fixed = bool(flags & ClientFlag.FIXED_NEWSTYLE)
         self._padded = not flags & ClientFlag.NO_ZEROES
         while self.negotiated is None and not self.finished:
+            if len(self._replies) >= _REPLIES_AT_ONCE and self._buffer:
+                self.has_more = True
+                yield
             magic, option, length = _OPTION.unpack((yield from self._take(_OPTION.size)))
             if magic != IHAVEOPT:
                 raise ProtocolError(f"an option begins with {magic:#018x} instead of the magic {IHAVEOPT:#x}")

@@ -117,7 +117,7 @@ class Connection:
     def _receive(self) -> bool:
         """Take what has come; whether anything more will be heard of the socket, if there is more."""
         try:
-            data = self._socket.recv(_RECEIVE_SIZE)
+            data = b"" if self._handshake.has_more else self._socket.recv(_RECEIVE_SIZE)
             if data and self._handshake.starting_tls:
                 self._secured()
         except (BlockingIOError, InterruptedError):
@@ -129,7 +129,7 @@ class Connection:
         except OSError as error:
             self._close(broken(error))
             return True
-        if not data:
+        if not data and not self._handshake.has_more:
             self._close(Ending(Cause.CLOSED, "client left during the handshake"))
             return True
         self._heard = True
@@ -141,11 +141,14 @@ class Connection:
             self._close(Ending(Cause.PROTOCOL, str(error)))
             return True
         self._send(replies)
+        if self._handshake.has_more:
+            self._resources.loop.call_soon(self._go_on)
+            return True
         return bool(replies) and not self._may_go_on
 
     def _send(self, replies: list[bytes]) -> None:
-        for reply in replies:
-            self._output.append(memoryview(reply))
+        if replies:
+            self._output.append(memoryview(b"".join(replies)))
         loop, descriptor = self._resources.loop, self._socket.fileno()
         try:
             drained = self._output.flush()
@@ -212,9 +215,10 @@ class Connection:
 
     @property
     def _may_go_on(self) -> bool:
-        """Whether more can be received of which the socket does not tell, because TLS has it already."""
-        stream = self._socket
-        return isinstance(stream, SecureStream) and stream.has_more and self._session is None and not self._output
+        """Whether more can be received of which the socket does not tell, because we or TLS have it already."""
+        if self._session is not None or self._output:
+            return False
+        return self._handshake.has_more or (isinstance(self._socket, SecureStream) and self._socket.has_more)
 
     def _begin_transmission(self) -> None:
         negotiated = self._handshake.negotiated

@@ -123,6 +123,8 @@ def _shake(pieces: Iterable[bytes], tls: TlsMode) -> Outcome:
             break
         with suppress(ProtocolError):  # which ``ending`` tells of as well
             replies += handshake.receive(piece)
+            while handshake.has_more:
+                replies += handshake.receive(b"")
         assert len(handshake._buffer) <= _OPTION_MAX + 16 + _RECEIVE, "more is kept than one option"
     assert handshake.finished == (handshake.ending is not None)
     assert not (handshake.finished and handshake.negotiated)

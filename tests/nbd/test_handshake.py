@@ -233,6 +233,20 @@ def test_listing_many_exports_over_and_over_is_not_free() -> None:
     assert 2 <= outcome.kinds.count(ACK) <= 33
 
 
+def test_one_call_answers_no_second_long_list() -> None:
+    """P16, R-05: what is answered before the client has taken anything must not be a multiple of all exports."""
+    exports = Directory([ExportInfo(str(i), 0, TransmissionFlag(0)) for i in range(400)], {})
+    handshake = Handshake(exports)
+    handshake.receive(NO_ZEROES)
+    for data in (option(LIST) * 3 + info(GO, "7")[:20], b"", b""):
+        assert len(handshake.receive(data)) == 401
+        assert handshake.has_more
+    assert handshake.receive(b"") == []
+    assert not handshake.has_more
+    handshake.receive(info(GO, "7")[20:])
+    assert handshake.negotiated
+
+
 # LIST, ABORT, STARTTLS, STRUCTURED_REPLY.
 
 

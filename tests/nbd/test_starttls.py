@@ -1,6 +1,7 @@
 """STARTTLS in the handshake: what the modes permit, and that nothing said in the clear outlives it (P60-P64, R-14)."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,29 @@ def test_a_selection_of_contexts_does_not_survive() -> None:
     handshake.receive(option(STRUCTURED_REPLY) + info(GO, "disk"))
     assert handshake.negotiated
     assert handshake.negotiated.contexts == ()
+
+
+class Secretive(Directory):
+    """Which has more to show under TLS."""
+
+    def __init__(self) -> None:
+        super().__init__([], {})
+
+    def reveal(self, count: int) -> None:
+        self.exports = [replace(EXPORTS.exports[0], name=str(number)) for number in range(count)]
+
+
+def test_all_exports_can_be_listed_under_tls_and_asked_about_by_who_has_seen_the_few_before() -> None:
+    """P16, P64: what a client may ask depends on what there is to ask about."""
+    exports = Secretive()
+    handshake = begun(TlsMode.ALLOW, exports)
+    assert kinds(handshake.receive(option(LIST))) == [ACK]
+    handshake.receive(option(STARTTLS))
+    handshake.secured()
+    exports.reveal(100)
+    assert len(handshake.receive(option(LIST))) == 101
+    for _ in range(100):
+        assert kinds(handshake.receive(info(INFO, "5")))[-1] == ACK
 
 
 def test_off_and_twice_and_with_data_and_at_the_end_it_is_refused() -> None:

@@ -116,6 +116,8 @@ def shake(data: Iterable[bytes], make: Callable[[], Handshake] = lambda: Handsha
             continue
         with suppress(ProtocolError):  # which ``finished`` and ``ending`` tell of as well
             replies += handshake.receive(piece)
+            while handshake.has_more:
+                replies += handshake.receive(b"")
     leftover, ending = handshake.leftover + rest, handshake.ending
     return Outcome(tuple(replies), handshake.negotiated, handshake.finished, ending.text if ending else "", leftover)
 

@@ -9,7 +9,7 @@ from nbdq.server.census import Census, source_of
 from nbdq.server.export import Export
 from nbdq.server.limits import Limits
 from nbdq.server.peer import Peer, host_of
-from tests.server.client import PATIENCE, Client, Disconnected, handshake
+from tests.server.client import ACK, LIST, PATIENCE, Client, Disconnected, handshake, option
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk
 
@@ -139,6 +139,20 @@ def test_limits_that_change_hold_for_those_who_come(loop: str, disk: MemoryDisk)
         server.call(lambda: server._server.limit(Limits(connections=1)))
         assert first.read(0, 512) == waiting.read(0, 512) == CONTENT[:512]
         refused(server.connect())
+
+
+def test_lists_that_are_asked_for_all_at_once_come_one_after_the_other(loop: str, disk: MemoryDisk) -> None:
+    """R-05: each is made when the one before has left, so that nobody holds many of them, nor holds up others."""
+    exports = [Export.read_only(str(number), disk) for number in range(400)]
+    with LoopServer(*exports, loop=loop) as server:
+        client = server.connect()
+        client.socket.sendall(handshake()[:4] + option(LIST) * 20)
+        client.hello()
+        for _ in range(20):
+            names = [client.option_reply()[2][4:].decode() for _ in exports]
+            assert names == [export.info.name for export in exports]
+            assert client.option_reply() == (LIST, ACK, b"")
+        go_on(client, "399")
 
 
 def test_more_options_than_the_limit_end_a_handshake(loop: str, disk: MemoryDisk) -> None:
