@@ -29,6 +29,7 @@ from tests.server.client import (
     FLUSH,
     FUA,
     NO_HOLE,
+    PATIENCE,
     READ,
     REQ_ONE,
     TRIM,
@@ -152,6 +153,13 @@ class Connection:
     waiting: int = 0
     """Bytes that may wait for it, or for the server."""
 
+    def say(self, data: bytes) -> None:
+        """Send, although the server may read it only later."""
+        sock = self.client.socket
+        sock.settimeout(None)  # with a time-out, Python would wait until three quarters of a unix socket are free
+        sock.sendall(data)
+        sock.settimeout(PATIENCE)
+
 
 _SIZES = st.sampled_from((_CAPACITY, _CAPACITY - 1, 64, 9, 1))
 
@@ -207,7 +215,7 @@ class Protocol(RuleBasedStateMachine):
             if connection.waiting + cost <= _OUTSTANDING_MAX and connection.client.outstanding < 100:
                 connection.waiting += cost
                 said += self._ask(connection, wish)
-        connection.client.socket.sendall(said)
+        connection.say(said)
 
     @precondition(lambda self: self.connections)
     @rule(
@@ -233,9 +241,9 @@ class Protocol(RuleBasedStateMachine):
         """More than one receive buffer holds, and its echo."""
         connection = self._connection(which)
         self._collect(connection)
-        connection.client.socket.sendall(self._ask(connection, Wish(WRITE, start, count, 0, value)))
+        connection.say(self._ask(connection, Wish(WRITE, start, count, 0, value)))
         self._collect(connection)
-        connection.client.socket.sendall(self._ask(connection, Wish(READ, start, count)))
+        connection.say(self._ask(connection, Wish(READ, start, count)))
         self._collect(connection)
 
     @precondition(lambda self: self.connections)
@@ -252,7 +260,7 @@ class Protocol(RuleBasedStateMachine):
         """Good-bye, or what cannot be followed: all that was asked for before is answered (P93, P141)."""
         connection = self._connection(which)
         self._resume(connection.name)
-        connection.client.socket.sendall(garbage or connection.client.pack(DISC))
+        connection.say(garbage or connection.client.pack(DISC))
         self._collect(connection)
         assert connection.client.is_closed()
         self._forget(connection)
@@ -324,7 +332,7 @@ class Protocol(RuleBasedStateMachine):
             with suppress(Disconnected, OSError) if at_once else nullcontext():
                 while connection.client.outstanding:
                     self._judge(connection, connection.client.reply(), may_be_late=True)
-                connection.client.socket.sendall(connection.client.pack(DISC))
+                connection.say(connection.client.pack(DISC))
             assert connection.client.is_closed()
             connection.client.socket.close()
         self._forget(*leaving)
