@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 
 from nbdq.errors import ExportError
+from nbdq.nbd.handshake import TlsMode
 from nbdq.nbd.transmission import RawRequest
 from nbdq.server.export import Export
 from nbdq.server.limits import Limits
 from nbdq.server.rate import Rates, Throttle
+from nbdq.server.tls import Tls
 from tests.server.client import FLUSH, FUA, READ, WRITE, Client, request
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk, WritableDisk
+from tests.server.secure import TlsClient, trusting
+from tests.support.pki import Pki
+from tests.support.tools import requires
 
 MIB = 1 << 20
 
@@ -250,3 +255,27 @@ def test_what_is_written_at_a_limited_pace_is_what_was_sent(loop: str, cached: b
         for offset, payload in expected.items():
             assert disk.content[offset : offset + len(payload)] == payload, (seed, offset)
             assert disk.content[offset + len(payload)] == 0
+
+
+@requires("certtool")
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_tls_has_decrypted_already_is_served_when_the_rate_allows_it(
+    loop: str, tls: Tls, pki: Pki, cached: bool
+) -> None:
+    """Nothing comes in the socket any more when it waits within the stream."""
+    chance, slot, count = random.Random(cached), 128 << 10, 60
+    disk = WritableDisk(bytes(count * slot), cached=cached)
+    export = Export.writable("disk", disk, rates=Rates(requests=150, burst=0.02))
+    with (
+        LoopServer(export, loop=loop, tls=tls, tls_mode=TlsMode.REQUIRE) as server,
+        TlsClient(server, trusting(pki.server)) as client,
+    ):
+        client.go()
+        expected, said = {}, b""
+        for offset in range(0, count * slot, slot):
+            expected[offset] = chance.randbytes(chance.choice((1, 512, 4096, 70_000)))
+            said += client.pack(WRITE, offset, len(expected[offset])) + expected[offset]
+        client.send_beside(said)
+        assert all(reply.error == 0 for reply in client.replies().values())
+        for offset, payload in expected.items():
+            assert client.read(offset, len(payload)) == payload
