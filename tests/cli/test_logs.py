@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nbdq.cli.logs import LimitedHandler, configure_logging
+from nbdq.server.peer import Peer
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import EIO, READ, Client
 from tests.support.serving import Server, serve
@@ -54,6 +55,14 @@ def test_a_json_log_keeps_a_traceback_inside_its_object(capsys: pytest.CaptureFi
         logging.getLogger("nbdq.test").exception("failed")
     (line,) = capsys.readouterr().err.splitlines()
     assert "ValueError: reason" in json.loads(line)["exc"]
+
+
+def test_a_line_that_names_a_client_has_it_as_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(verbosity=0, log_format="json")
+    logging.getLogger("nbdq.test").warning("%s: refused: %s", Peer(7, "192.0.2.1:999"), "no")
+    record = json.loads(capsys.readouterr().err)
+    assert (record["conn"], record["client"]) == (7, "192.0.2.1:999")
+    assert record["msg"] == "#7 192.0.2.1:999: refused: no"
 
 
 @pytest.mark.parametrize(("verbosity", "shown"), [(0, "W"), (1, "IW"), (2, "DIW"), (9, "DIW")])
