@@ -217,13 +217,13 @@ class WritableImage:
         """Whether so much waits for a flush that there has to be one."""
         return self.allocator.freed_bytes > _FREED_BUDGET or self.mapping.dirty_bytes > _DIRTY_BUDGET
 
-    def relieve(self) -> None:
-        """Flush if too much waits for it. Without the lock.
+    def relieve(self, *, tables_only: bool = False) -> None:
+        """Flush if too much waits for it; ``tables_only``: if it is tables, which take memory. Without the lock.
 
         Raises:
             OSError: as :meth:`flush`.
         """
-        if self.is_pressed:
+        if self.mapping.dirty_bytes > _DIRTY_BUDGET or (self.is_pressed and not tables_only):
             self.flush()
 
     # Durability.

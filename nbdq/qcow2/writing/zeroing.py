@@ -130,6 +130,7 @@ class Zeroing:
             image.check_writable()
             image.data.write_zeros(start, end - start, allocated=not unmap)
         for low, high in self._by_tables(start, end):
+            image.relieve(tables_only=True)  # space can wait for the end of the request, before which none is free
             self._zero_in_table(low, high, unmap=unmap)
 
     def _by_tables(self, start: int, end: int) -> Iterator[tuple[int, int]]:

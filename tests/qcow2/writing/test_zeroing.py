@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdq.chain import index
 from nbdq.qcow2.entries import COPIED, OFFSET_MASK, READS_ZERO
 from nbdq.qcow2.writing import writable
-from tests.support.engine import Engine, K, M, T, check, make_image, make_raw, shown
+from tests.support.engine import Call, Engine, K, M, T, check, make_image, make_raw, shown
 from tests.support.tools import requires, run
 
 CLUSTER = 4 * K
@@ -68,15 +69,64 @@ def test_where_the_base_holds_nothing_no_table_is_made(tmp_path: Path) -> None:
         assert engine.read(0, 64 * K) == bytes(64 * K)
 
 
-def test_zeroing_a_large_disk_over_a_base_flushes_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changed tables must not fill the memory."""
+@pytest.mark.parametrize("requests", [8, 1])
+def test_zeroing_a_large_disk_over_a_base_flushes_on_its_way(
+    requests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed tables must not fill the memory, however much one request changes."""
     monkeypatch.setattr(writable, "_DIRTY_BUDGET", 4 * CLUSTER)
     below = base(tmp_path, 16 * M)
+    most = 0
+
+    def watch(_: Call) -> None:
+        nonlocal most
+        most = max(most, engine.image.mapping.dirty_bytes)
+
     with Engine(image(tmp_path, 16 * M), below=below) as engine:
-        for start in range(0, 16, 2):
-            engine.disk.zero(start * M, 2 * M, unmap=True)
-            assert engine.image.mapping.dirty_bytes <= 5 * CLUSTER
+        engine.storage.before = watch
+        part = 16 * M // requests
+        for start in range(0, 16 * M, part):
+            engine.disk.zero(start, part, unmap=True)
+        assert 0 < most <= 5 * CLUSTER
         assert engine.contents() == bytes(16 * M)
+    check(engine.path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_zeros_hide_everything_below_and_only_where_something_shows_a_table_is_made(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that are there and others alternate; the base begins and ends anywhere in them, and so do requests."""
+    chance = random.Random(seed)
+    monkeypatch.setattr(index, "_WINDOW_GRANULES", chance.choice((32, 256)))
+    monkeypatch.setattr(index, "_OCCUPANCY_WINDOWS", 4)
+    cluster, table = 512, 32 * K
+    size = 30 * table + chance.choice((0, 512, 20 * K))
+    below_size = chance.choice((size, 40 * table, 20 * table, 13 * table + 1536))
+    below = make_image(tmp_path / "base.qcow2", below_size, cluster_size=512)
+    with Engine(below) as lower:
+        for number in chance.sample(range(below_size // table), 8):
+            offset = number * table + chance.choice((0, 512, 17 * K, table - 512))
+            lower.write(offset, min(chance.choice((512, 3 * K, 2 * table)), below_size - offset), seed=number)
+    with Engine(image(tmp_path, size, cluster_size=cluster), below=below) as engine:
+        for number in chance.sample(range(30), chance.choice((0, 3, 12))):
+            engine.write(number * table + chance.randrange(0, table, 512), 512, seed=number)
+        expected = bytearray(engine.contents())
+        for turn in range(12):
+            present = set(engine.image.mapping.present(0, 31))
+            start = chance.randrange(size // cluster) * cluster
+            length = min(size - start, chance.choice((cluster, 3 * table, chance.randrange(1, size), size)))
+            verb = chance.choice(("zero", "unmap", "discard"))
+            if verb == "discard":
+                engine.disk.discard(start, length)
+                length = length if start + length == size else length // cluster * cluster
+            else:
+                engine.disk.zero(start, length, unmap=verb == "unmap")
+            hidden = {at // table for at in range(start, start + length, 512) if any(expected[at : at + 512])}
+            expected[start : start + length] = bytes(length)
+            assert engine.contents() == expected, f"seed {seed}, turn {turn}: {verb} {start} {length}"
+            made = set(engine.image.mapping.present(0, 31)) - present
+            assert made <= hidden, f"seed {seed}, turn {turn}: {verb} {start} {length}"
     check(engine.path)
 
 
