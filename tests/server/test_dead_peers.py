@@ -30,17 +30,17 @@ time.sleep(1000)
 """
 
 
-def test_a_tcp_client_whose_window_stays_closed_is_ended_by_the_kernel(loop: str) -> None:
+def test_a_tcp_client_whose_window_stays_closed_is_ended_by_the_kernel() -> None:
     limits = Limits(user_timeout_seconds=1, reply_stall_seconds=10 * PATIENCE)
-    with LoopServer(Export.read_only("", ZeroDisk(1 << 30)), loop=loop, limits=limits, tcp=True) as server:
+    with LoopServer(Export.read_only("", ZeroDisk(1 << 30)), limits=limits, tcp=True) as server:
         client = server.connect().go()
         client.socket.sendall(b"".join(request(READ, number, 0, 32 << 20) for number in range(8)))
         server.wait_for_connections(0)
 
 
-def test_who_is_silent_is_not_taken_for_dead(loop: str) -> None:
+def test_who_is_silent_is_not_taken_for_dead() -> None:
     limits = Limits(user_timeout_seconds=1, keepalive_seconds=1, keepalive_interval_seconds=1, keepalive_probes=1)
-    with LoopServer(Export.read_only("", ZeroDisk(1 << 20)), loop=loop, limits=limits, tcp=True) as server:
+    with LoopServer(Export.read_only("", ZeroDisk(1 << 20)), limits=limits, tcp=True) as server:
         client = server.connect().go()
         time.sleep(2.5)
         assert client.read(0, 512) == bytes(512)

@@ -230,7 +230,7 @@ def test_a_client_that_leaves_gets_no_further_than_the_rate_allows(loop: str) ->
         assert len(disk.performed) <= 2 + 2 * (time.monotonic() - begun) + 1
 
 
-@pytest.mark.parametrize(("cached", "burst", "seed"), [(True, 0.02, 0), (True, 0.02, 1), (False, 1, 2), (False, 1, 3)])
+@pytest.mark.parametrize(("cached", "burst", "seed"), [(True, 0.02, 0), (False, 1, 1)])
 def test_what_is_written_at_a_limited_pace_is_what_was_sent(loop: str, cached: bool, burst: float, seed: int) -> None:
     """Payloads wait in the receive buffer, in memory of their own, or in the socket, and none takes another's place."""
     chance, limits = random.Random(seed), Limits(requests=4)
