@@ -21,9 +21,7 @@ class Window:
             ExportError: the range does not lie inside the device, or is not one of sectors.
         """
         if offset > device.size:
-            raise ExportError(
-                f"Offset ({offset}) cannot be greater than size of the containing file ({device.size})"
-            )
+            raise ExportError(f"Offset ({offset}) cannot be greater than size of the containing file ({device.size})")
         size = device.size - offset if size is None else size
         if offset + size > device.size:
             raise ExportError(

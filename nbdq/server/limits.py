@@ -44,8 +44,8 @@ class Limits:
     connections: int = _limit(1024, "clients that use exports, all together; more are told so", least=1)
     export_connections: int = _limit(128, "clients of one export, unless it has a number of its own; more are told so")
     peer_connections: int = _limit(
-        64,
-        "clients from one address (IPv6: one /64) or of one user; nbdcopy and Linux open up to 16; more are told so",
+        512,
+        "clients from one address (IPv6: one /64) or of one user; a host has them for all its guests; more are told so",
     )
     tls_connections: int = _limit(256, "clients under TLS, which cost more memory and time; more are refused TLS")
     options: int = _limit(32, "options of one handshake, and as many again for each export that is listed", least=1)
