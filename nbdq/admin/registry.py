@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -61,3 +62,9 @@ def command(
         return run
 
     return register
+
+
+def known_commands() -> dict[str, Command]:
+    """All commands by name. The first call imports them, which a server without administrators need not wait for."""
+    import_module("nbdq.admin.commands")
+    return COMMANDS

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from nbdq.admin import commands
 from nbdq.admin.arguments import parse
 from nbdq.admin.checkpoints import Checkpoints
 from nbdq.admin.context import Context, Peer, Resumed, Volumes
@@ -18,7 +17,7 @@ from nbdq.admin.jobs import Jobs
 from nbdq.admin.monitor import Access, Monitor
 from nbdq.admin.policies import Policies
 from nbdq.admin.recovery import remove_obsolete_overlays, remove_pending_overlays
-from nbdq.admin.registry import COMMANDS
+from nbdq.admin.registry import known_commands
 from nbdq.admin.state import JobRecord, State
 from nbdq.chain.policy import Policy
 from nbdq.errors import NbdqError, OperationError, printable
@@ -29,8 +28,6 @@ from nbdq.server.volume import Volume
 from nbdq.storage import FileStorage
 
 _log = logging.getLogger(__name__)
-
-assert commands.__all__, "imported for the commands that it registers"
 
 
 class Administration:
@@ -105,6 +102,7 @@ class Administration:
             await self.jobs.stop()
             raise
         if self._listener is not None:
+            known_commands()  # now, while nobody waits for the first answer
             self.monitor = Monitor(self._listener, self._context_of, self._access)
             self.monitor.start()
 
@@ -176,7 +174,7 @@ class Administration:
     async def _start_again(self, volume: Volume, job: JobRecord) -> None:
         """A job that cannot be started again is over, whatever it had done; the disk is whole in any case."""
         try:
-            command = COMMANDS[job.command]
+            command = known_commands()[job.command]
             arguments = parse(command.arguments, job.arguments, spell=str)
             await command.run(replace(self._context, resumed=Resumed(volume, job)), arguments)
             _log.info("job %s goes on", printable(job.id))

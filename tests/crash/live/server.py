@@ -14,7 +14,7 @@ from nbdq.admin.job_request import JobRequest
 from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
 from nbdq.admin.recovery import remove_obsolete_overlays, remove_pending_overlays
-from nbdq.admin.registry import COMMANDS, Reply
+from nbdq.admin.registry import Reply, known_commands
 from nbdq.admin.service import Administration
 from nbdq.admin.state import State
 from nbdq.chain.clusters import ClusterCache
@@ -105,7 +105,7 @@ class Server:
         Raises:
             NbdqError, OSError: it failed.
         """
-        command = COMMANDS[name]
+        command = known_commands()[name]
         words = {word.rstrip("_").replace("_", "-"): value for word, value in arguments.items()}
         reply = await command.run(self.administration._context, parse(command.arguments, words))
         await self.jobs_end()
