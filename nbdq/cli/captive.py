@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,11 +14,10 @@ _TERMINATION_SECONDS = 2.0
 @contextmanager
 def private_path() -> Iterator[str]:
     """A path for a socket in a directory that is ours alone, and removed in the end."""
-    directory = tempfile.mkdtemp(prefix="nbdq-")  # mode 0700
-    try:
+    from tempfile import TemporaryDirectory  # which imports much, for which others need not wait
+
+    with TemporaryDirectory(prefix="nbdq-", ignore_cleanup_errors=True) as directory:  # mode 0700
         yield os.path.join(directory, "socket")
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def variables(listener: Listener, export_name: str) -> dict[str, str]:
