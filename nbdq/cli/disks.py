@@ -45,6 +45,8 @@ class Wanted:
     reading only stays so."""
     is_lower: bool = False
     """Another image lies over it, so it is opened for reading only."""
+    identity: Identity | None = None
+    """Which file the image has to be, when it is opened, if that was looked at before (R-36)."""
 
     def failed(self, error: Exception) -> ExportError:
         """The error in the name of whoever wants it."""
@@ -92,7 +94,7 @@ class _Change:
 
     def find(self, wanted: Wanted) -> _Disk | None:
         """The disk whose image is that file; if there is no file, it was of that place."""
-        place, identity = os.path.realpath(wanted.settings.image), _identity(wanted.settings.image)
+        place, identity = os.path.realpath(wanted.settings.image), wanted.identity or _identity(wanted.settings.image)
         found = next((disk for disk in self.disks.get(place, ()) if identity in (None, disk.identity)), None)
         return self.tops.get(identity) if found is None and identity is not None else found
 
@@ -223,7 +225,7 @@ class Disks:
                         each, settings=replace(each.settings, read_only=each.settings.read_only or is_read_only)
                     )
                 try:
-                    self._prepare_one(each.settings, disk, change, index_bytes=index_bytes)
+                    self._prepare_one(each, disk, change, index_bytes=index_bytes)
                 except (NbdqError, OSError) as error:
                     if each.is_required:
                         raise (each.failed(error) if each.where else error) from None
@@ -247,13 +249,14 @@ class Disks:
         identity = _identity(image)  # asked for only now, because it may have become a top since it was passing
         return any(disk.volume.chain.layers[0].storage.identity == identity for disk in self._disks)
 
-    def _prepare_one(self, settings: ExportSettings, disk: _Disk | None, change: _Change, *, index_bytes: int) -> None:
+    def _prepare_one(self, wanted: Wanted, disk: _Disk | None, change: _Change, *, index_bytes: int) -> None:
+        settings = wanted.settings
         name = settings.export_name
         if name in change.names:
             raise ExportError(f"two exports are named {printable(name)!r}; give each a name of its own")
         self._check_name(name)
         if disk is None:
-            disk = self._open(settings, change, index_bytes)
+            disk = self._open(settings, wanted.identity or _identity(settings.image), change, index_bytes)
             change.opened.append(disk)
             change.note(disk)
         else:
@@ -271,8 +274,7 @@ class Disks:
         if settings.default:
             change.default = name
 
-    def _open(self, settings: ExportSettings, change: _Change, index_bytes: int) -> _Disk:
-        identity = _identity(settings.image)
+    def _open(self, settings: ExportSettings, identity: Identity | None, change: _Change, index_bytes: int) -> _Disk:
         taken = {disk.volume.name for disks in change.disks.values() for disk in disks}
         name = _free(settings.export_name or ExportSettings(image=settings.image).export_name, taken)
         place = os.path.realpath(settings.image)

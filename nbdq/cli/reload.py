@@ -83,6 +83,7 @@ def _images_in(directory: DirectorySettings) -> list[Wanted]:
             ),
             is_required=False,
             is_lower=found.has_overlay,
+            identity=found.identity,
         )
         for found in list_images(directory.path, formats)
     ]

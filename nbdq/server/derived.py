@@ -16,7 +16,7 @@ from nbdq.chain.disk import ChainDisk
 from nbdq.chain.live import LiveChain
 from nbdq.chain.resolve import ResolvedLayer
 from nbdq.chain.views import SnapshotView, View, open_view, size_of, snapshot_views
-from nbdq.errors import ImageError, NbdqError
+from nbdq.errors import ImageError, NbdqError, printable
 from nbdq.server.rate import Rates
 from nbdq.server.wish import Wish
 
@@ -24,6 +24,12 @@ _log = logging.getLogger(__name__)
 
 #: For the windows of the index of one: there may be hundreds, and clients choose how many of them are read.
 _INDEX_BYTES = 2 << 20
+
+#: Internal snapshots of one image that become exports. A file of 5 MB can have 65,536, each of which costs 7 KB of
+#: memory and a part of every look at the list, and who may write image files must not be able to fill either.
+SNAPSHOTS_MAX = 1000
+#: Exports of a server beyond which nothing comes along any more.
+EXPORTS_MAX = 20_000
 
 
 @dataclass(frozen=True)
@@ -104,16 +110,20 @@ class LazyView:
 def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[Derived]:
     """What is to be offered now. Reads the table of snapshots, and opens nothing.
 
-    A table that cannot be read has nothing to offer, and the log says so. Of snapshots with the same name, as QEMU
-    permits, the first counts (Q61); one without a name goes by its id.
+    A table that cannot be read, or has more than SNAPSHOTS_MAX entries, has nothing to offer, and the log says so. Of
+    snapshots with the same name, as QEMU permits, the first counts (Q61); one without a name, or with control
+    characters in it, goes by its id.
     """
     wish, layers = derivation.wish, chain.layers
     common = replace(wish, writable=False, bitmaps=(), rates=Rates())
     found: dict[str, Derived] = {}
     if derivation.snapshots:
         for snapshot in _snapshots(layers[0]):
-            name = f"{wish.name}@{snapshot.name or snapshot.id}"
-            text = f"internal snapshot {snapshot.id}"
+            called = snapshot.name if snapshot.name and snapshot.name.isprintable() else snapshot.id
+            if not called.isprintable():  # as names of files that are exports: clients show them to people
+                continue
+            name = f"{wish.name}@{called}"
+            text = f"internal snapshot {snapshot.id}" if snapshot.id.isprintable() else ""
             derived = replace(common, id=name, name=name, description=text, view=snapshot.view)
             found.setdefault(name, Derived(derived, snapshot.size, wish.name))
     if derivation.layers:
@@ -125,6 +135,11 @@ def derived_wishes(chain: LiveChain, derivation: Derivation) -> list[Derived]:
 
 
 def _snapshots(layer: ResolvedLayer) -> list[SnapshotView]:
+    count = 0 if layer.header is None else layer.header.snapshot_count
+    if count > SNAPSHOTS_MAX:
+        what = f"{printable(layer.path, 1024)} has {count} internal snapshots"
+        _log.warning("%s; none of them is offered, as no more than %d may be", what, SNAPSHOTS_MAX)
+        return []
     try:
         return snapshot_views(layer)
     except (ImageError, OSError) as error:

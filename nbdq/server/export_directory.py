@@ -4,6 +4,7 @@ Names come from a listing, and what clients ask for is only compared with them: 
 """
 
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +28,7 @@ class Found:
     path: str
     format: Format
     identity: Identity
-    """Which file has the path."""
+    """Which file had the path: whoever can write to the directory may put a link there before it is opened."""
     has_overlay: bool
     """Whether another image of the directory lies over it."""
 
@@ -50,9 +51,12 @@ def list_images(directory: str, formats: Mapping[str, Format]) -> list[Found]:
                 raise ExportError(f"{printable(directory, 1024)}: more than {FILES_MAX} files; is this the directory?")
             format = _format_of(entry.name, formats)
             try:
-                if format is None or not is_safe(entry.name) or not entry.is_file(follow_symlinks=False):
+                if format is None or not is_safe(entry.name):
                     continue
-                files.append((entry.name, entry.path, format, identity_of(entry.path)))
+                status = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                files.append((entry.name, entry.path, format, (status.st_dev, status.st_ino)))
             except OSError:  # it has just gone
                 continue
             for path in backing_paths(entry.path) if format == "qcow2" else ():

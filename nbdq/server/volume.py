@@ -21,7 +21,7 @@ from nbdq.chain.views import View, open_view
 from nbdq.errors import ExportError, NbdqError, OperationError, printable
 from nbdq.server.contexts import DirtyBitmap
 from nbdq.server.counters import Counters
-from nbdq.server.derived import Derivation, Derived, LazyView, derived_wishes
+from nbdq.server.derived import EXPORTS_MAX, Derivation, Derived, LazyView, derived_wishes
 from nbdq.server.export import Export, Exports
 from nbdq.server.gate import Gate
 from nbdq.server.private_contexts import ShownLayer
@@ -339,6 +339,9 @@ class Volume:
             parent = self._directory.by_name.get(each.parent)
             if parent is None or each.parent not in self._derivations:
                 continue  # taken back while this was found out
+            if len(self._directory.by_name) >= EXPORTS_MAX:
+                _log.warning("%r and more are not offered: there are %d exports", each.wish.name, EXPORTS_MAX)
+                return
             if each.wish.name not in self._directory.by_name:
                 try:
                     shown = self.make(replace(each.wish, id=self._directory.free_id(each.wish.id)), derived=each)
