@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 COMMAND_MASK = 0xFFFF
 #: So much of a CACHE is taken as a hint; more would only push out what was cached first.
 _PREFETCH_MAX = 4 << 30
-#: Longer ranges may be too much to look at on the loop thread.
-_INLINE_STATUS = 4 << 30
+#: Longer ranges may be too much to look at on the loop thread, and larger replies have to be reserved for (R-70).
+_INLINE_STATUS, _INLINE_REPLY = 4 << 30, 64 << 10
 #: Commands that change the disk.
 CHANGES = frozenset(map(int, (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)))
 
@@ -78,7 +78,10 @@ class Performer:
         elif not length:
             reply = self.replies.success(cookie, offset)
         elif (
-            command == Command.BLOCK_STATUS and length <= _INLINE_STATUS and export.device.status_cached(offset, length)
+            command == Command.BLOCK_STATUS
+            and length <= _INLINE_STATUS
+            and self.charge(request) <= _INLINE_REPLY
+            and export.device.status_cached(offset, length)
         ):
             reply = self.status_or_error(request)
         if reply is not None:

@@ -391,6 +391,8 @@ class Session:
                 payloads.popleft()
                 if inline and monotonic() - begun > BATCH_SECONDS:  # with FUA, it may have been carried out here too
                     inline = pace.inline_was_slow(monotonic())
+            if slow_replies > ARENA_SIZE:  # for which nothing is reserved
+                break
         if position > queued:
             output.append(view[queued:position])
         pending.submit()

@@ -311,6 +311,16 @@ class LoopServer:
         return self.call(lambda: sum(bool((s := c._session) and s.in_progress) for c in self._server.census))
 
     @property
+    def unsent(self) -> int:
+        """Bytes in memory that wait for clients to take them."""
+
+        def count() -> int:
+            outputs = [session._output for c in self._server.census if (session := c._session)]
+            return sum(len(each) for output in outputs for each in output._pieces if not isinstance(each, FilePiece))
+
+        return self.call(count)
+
+    @property
     def reserved(self) -> int:
         """Bytes of the process budget that are taken."""
         budget = self._server._resources.budget

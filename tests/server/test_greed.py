@@ -1,5 +1,6 @@
 """Clients that want more than their share: of memory, of the loop, of the pool (R-70, R-80; scorecard 14, 15)."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import pytest
 
 from nbdq.block import Status
 from nbdq.server.export import Export
-from nbdq.server.limits import GUARANTEED_BYTES, Limits
+from nbdq.server.limits import ARENA_SIZE, GUARANTEED_BYTES, Limits
 from tests.server.client import (
     BLOCK_STATUS,
     CACHE,
@@ -157,6 +158,29 @@ def test_one_batch_of_long_status_queries_is_not_answered_before_any_of_it_is_se
         server.wait_for(lambda: len(disk.performed) > 0 and server.waiting_for_pool == 0, "the first answers")
         healthy.wait_for_a_round()
         assert len(disk.performed) <= 100  # half a MiB each
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize(
+    ("command", "offset", "length"),
+    [(BLOCK_STATUS, 0, 256 << 20), (READ, 1 << 30, 1)],
+    ids=["statuses", "errors"],
+)
+def test_what_waits_for_a_client_is_reserved_but_for_one_batch(
+    command: int, offset: int, length: int, cached: bool
+) -> None:
+    """R-70: also answers that were made on the loop thread."""
+    export = Export.read_only("", FragmentedDisk(1 << 30, cached=cached), allocation_depth=True)
+    with LoopServer(export) as server:
+        greedy = server.connect().go(extended=True, contexts=(*STATUS, "qemu:allocation-depth"))
+        said = memoryview(request(command, 1, offset, length, extended=True) * 200_000)
+        greedy.socket.setblocking(False)
+        deadline = time.monotonic() + PATIENCE
+        while not server.unsent:
+            assert time.monotonic() < deadline, "the socket takes everything"
+            with contextlib.suppress(BlockingIOError):
+                said = said[greedy.socket.send(said) :]
+        assert server.unsent <= server.reserved + ARENA_SIZE + (64 << 10)
 
 
 @pytest.mark.parametrize(
