@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nbdq.block import Granules, Kind
 from nbdq.chain.raw import RawImage
+from nbdq.qcow2.distinct import union
 from nbdq.qcow2.image import Qcow2Image
 
 Layer = Qcow2Image | RawImage
@@ -280,7 +281,7 @@ def _fill_from_raw(runs: Runs, base: int, end: int, layer: RawImage, depth: int)
     ranges = layer.ranges(base, end)
     cuts = np.array([low for low, _, _ in ranges], dtype=np.uint64)
     is_data = np.array([data for _, _, data in ranges], dtype=bool)
-    start = np.union1d(runs.start, cuts)
+    start = union(runs.start, cuts)
     above = runs_at(runs, start)
     undecided = above.kind == Kind.UNALLOCATED
     below = is_data[np.searchsorted(cuts, start, side="right") - 1]

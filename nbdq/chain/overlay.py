@@ -16,6 +16,7 @@ from nbdq.block import Kind, Piece, Status
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk, FileHoles, new_buffer, sound_runs, statuses, zero_pieces
 from nbdq.chain.index import Runs, clip_runs, merge_granules, runs_at
+from nbdq.qcow2.distinct import union
 from nbdq.qcow2.entries import (
     ALL_SUBCLUSTERS,
     COMPRESSED,
@@ -403,7 +404,7 @@ class OverlayDisk:
             parts.append(Runs(np.array([stop], np.uint64), nothing, np.zeros(1, np.uint16), nothing.astype(np.uint64)))
         below = Runs(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         layer = below.layer + (below.start < stop).astype(np.uint16)  # what is behind the end is the top's own
-        starts = np.union1d(runs.start, below.start)
+        starts = union(runs.start, below.start)
         above, under = runs_at(runs, starts), runs_at(below._replace(layer=layer), starts)
         open_ = above.kind <= Kind.UNALLOCATED_OFFSET
         return Runs(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from nbdq.qcow2.distinct import distinct
 from nbdq.qcow2.entries import (
     ALL_SUBCLUSTERS,
     COMPRESSED,
@@ -259,6 +260,6 @@ def l1_problem(l1: NDArray[np.uint64], geometry: Geometry) -> str | None:
         return "reserved bits of the L1 table are set"
     if (offsets & np.uint64(geometry.cluster_size - 1)).any():
         return "an L1 entry points between clusters"
-    if len(np.unique(offsets)) != len(offsets):
+    if len(distinct(offsets)) != len(offsets):
         return "two L1 entries name one L2 table"
     return None

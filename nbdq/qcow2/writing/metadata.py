@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from nbdq.errors import CorruptImage, UnsupportedImage
 from nbdq.qcow2.bitmaps.directory import iterate_bitmaps
+from nbdq.qcow2.distinct import distinct, union
 from nbdq.qcow2.entries import OFFSET_MASK
 from nbdq.qcow2.format import Header
 from nbdq.qcow2.snapshots import iterate_snapshots, snapshot_table_length
@@ -66,12 +67,13 @@ def find_metadata(
         "the snapshot table": _area(storage, header, *snapshot_table),
         "the bitmap directory": _area(storage, header, *directory),
         "an L1 table of a snapshot": _tables(storage, header, snapshots),
-        "a bitmap": np.union1d(_tables(storage, header, bitmaps), _named(storage, header, bitmaps)),
-        "an L2 table": np.union1d(_offsets(l1) >> bits, snapshot_tables),
+        "a bitmap": union(_tables(storage, header, bitmaps), _named(storage, header, bitmaps)),
+        "an L2 table": union(_offsets(l1) >> bits, snapshot_tables),
     }
-    places, counts = np.unique(np.concatenate(list(kinds.values())), return_counts=True)
-    if (counts > 1).any():
-        cluster = places[counts > 1][0]
+    places = np.sort(np.concatenate(list(kinds.values())))
+    shared = places[1:][places[1:] == places[:-1]]
+    if shared.size:
+        cluster = shared[0]
         sharing = [kind for kind, clusters in kinds.items() for _ in range(int((clusters == cluster).sum()))]
         what = f"the cluster at {int(cluster) << header.cluster_bits:#x} is both {sharing[0]} and {sharing[1]}"
         raise CorruptImage(storage.path, what, "see nbdq check; use --read-only, and copy what can be read")
@@ -88,7 +90,7 @@ def _area(storage: FileStorage, header: Header, offset: int, length: int) -> NDA
 def _tables(storage: FileStorage, header: Header, tables: list[tuple[int, int]]) -> NDArray[np.uint64]:
     """Clusters of tables, given as offset and number of entries."""
     parts = [_area(storage, header, offset, count * 8) for offset, count in tables]
-    return np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *parts]))
+    return distinct(np.concatenate([np.empty(0, dtype=np.uint64), *parts]))
 
 
 def _named(storage: FileStorage, header: Header, tables: list[tuple[int, int]]) -> NDArray[np.uint64]:
@@ -99,10 +101,10 @@ def _named(storage: FileStorage, header: Header, tables: list[tuple[int, int]]) 
         for start in range(offset, min(offset + count * 8, size), _PIECE):
             piece = storage.read(start, min(offset + count * 8 - start, _PIECE))
             parts.append(_offsets(np.frombuffer(piece[: len(piece) // 8 * 8], dtype=">u8").astype(np.uint64)))
-    return np.unique(np.concatenate(parts)) >> np.uint64(header.cluster_bits)
+    return distinct(np.concatenate(parts)) >> np.uint64(header.cluster_bits)
 
 
 def _offsets(entries: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The host offsets that entries of a table hold."""
     offsets = entries & np.uint64(OFFSET_MASK)
-    return np.unique(offsets[offsets != 0])
+    return distinct(offsets[offsets != 0])

@@ -11,6 +11,8 @@ from bisect import bisect_left
 import numpy as np
 from numpy.typing import NDArray
 
+from nbdq.qcow2.distinct import distinct
+
 
 class ProtectedClusters:
     """A set of host cluster numbers. Changed under the lock of the image; a question may be asked at any time."""
@@ -24,7 +26,7 @@ class ProtectedClusters:
 
     def begin_with(self, clusters: NDArray[np.uint64]) -> None:
         """Protect ``clusters``, in any order, instead of what was protected in the beginning."""
-        self._initial = np.unique(clusters)
+        self._initial = distinct(clusters)
         self._sorted = array("Q", self._initial.astype(np.uint64).tobytes())  # the same, for scalar questions
 
     def add(self, first: int, count: int) -> None:
