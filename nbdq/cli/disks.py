@@ -312,6 +312,8 @@ class Disks:
 
     def _withdraw(self, disk: _Disk, target: dict[str, tuple[ExportSettings, Shown | None]]) -> None:
         """Let nobody in to exports that are wanted no more, or in another form."""
+        if not (disk.shown or target):
+            return  # it was let go before, and is closed when it is free
         for name, (_, export) in list(disk.shown.items()):
             if name not in target or target[name][1] is not None:
                 del disk.shown[name]

@@ -102,6 +102,16 @@ def test_who_uses_an_export_that_is_removed_may_go_on(images: list[Path]) -> Non
     run("qemu-io", "-c", "read -P 0x78 0 512", one)
 
 
+def test_that_a_disk_waits_for_its_last_client_is_logged_once(images: list[Path]) -> None:
+    """Directories are looked at every few seconds, and a client may stay for days."""
+    one, two, _ = images
+    log = "[log]\nverbosity = 1\n"
+    with configured(export(one) + export(two) + log) as server, connect(server, "one"):
+        for _ in range(3):
+            server.reload(export(two) + log)
+        assert server.server.stderr.count("is closed when its last client has left") == 1
+
+
 def test_a_name_may_come_back_with_another_image_while_the_old_one_is_in_use(images: list[Path]) -> None:
     one, two, _ = images
     with configured(export(one, name="disk")) as server, connect(server, "disk") as old:
