@@ -3,10 +3,9 @@
 import grp
 import os
 import pwd
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import click
 
@@ -14,11 +13,9 @@ from nbdq.admin.monitor import Access
 from nbdq.admin.policies import Policies
 from nbdq.admin.service import Administration
 from nbdq.admin.state import State, hold
-from nbdq.cli.options import Mode
+from nbdq.cli.options import Mode, together
 from nbdq.errors import ExportError, printable
 from nbdq.server.listener import Listener, listen_unix
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _User(click.ParamType[int]):
@@ -63,46 +60,39 @@ class AdminSettings:
     """TOML file: what overlays look like in which directory, and which images are templates."""
 
 
-def administration_options(function: _Function) -> _Function:
-    """The options that :func:`admin_settings` takes."""
-    for option in reversed(
-        (
-            click.option(
-                "--admin", type=click.Path(), help="Let administrators in on this unix socket (nbdq ctl, QMP)."
-            ),
-            click.option(
-                "--admin-mode",
-                type=Mode(),
-                default="0600",
-                show_default=True,
-                help="File mode of the admin socket.",
-            ),
-            click.option(
-                "--admin-user",
-                "admin_users",
-                type=_User(),
-                multiple=True,
-                help="A user who may administer, besides root and the user of the server; may be repeated.",
-            ),
-            click.option(
-                "--admin-group",
-                type=_Group(),
-                help="The group of the admin socket; its members may administer if --admin-mode lets them in.",
-            ),
-            click.option(
-                "--state",
-                type=click.Path(dir_okay=False),
-                help="Keep here which images are the tops of disks, and which jobs go on, for the next start.",
-            ),
-            click.option(
-                "--volume-policy",
-                type=click.Path(exists=True, dir_okay=False),
-                help="TOML file: what overlays look like in which directory, and which images are templates.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+#: The options that ``admin_settings`` takes.
+administration_options = together(
+    click.option("--admin", type=click.Path(), help="Let administrators in on this unix socket (nbdq ctl, QMP)."),
+    click.option(
+        "--admin-mode",
+        type=Mode(),
+        default="0600",
+        show_default=True,
+        help="File mode of the admin socket.",
+    ),
+    click.option(
+        "--admin-user",
+        "admin_users",
+        type=_User(),
+        multiple=True,
+        help="A user who may administer, besides root and the user of the server; may be repeated.",
+    ),
+    click.option(
+        "--admin-group",
+        type=_Group(),
+        help="The group of the admin socket; its members may administer if --admin-mode lets them in.",
+    ),
+    click.option(
+        "--state",
+        type=click.Path(dir_okay=False),
+        help="Keep here which images are the tops of disks, and which jobs go on, for the next start.",
+    ),
+    click.option(
+        "--volume-policy",
+        type=click.Path(exists=True, dir_okay=False),
+        help="TOML file: what overlays look like in which directory, and which images are templates.",
+    ),
+)
 
 
 def admin_settings(

@@ -1,62 +1,51 @@
 """The options of ``nbdq serve`` that name what is served in other ways than image by image: a file, or directories."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import click
 
+from nbdq.cli.options import together
 from nbdq.cli.settings import DirectorySettings
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: Options that may be given besides ``--config``: they are about this start, and the file has no words for them.
 _BESIDES_CONFIG = {"config", "check_config", "persistent", "fork", "ready_fd", "run", "print_uri"}
 
 
-def configuration_options(function: _Function) -> _Function:
-    """``config`` and ``check_config``, and the options that :func:`directories` takes."""
-    for option in reversed(
-        (
-            click.option(
-                "--config",
-                type=click.Path(dir_okay=False),
-                help="Take everything from this TOML file, which is read again on SIGHUP.",
-            ),
-            click.option(
-                "--check-config", is_flag=True, help="Find out whether the server could start, and do not start it."
-            ),
-            click.option(
-                "--export-dir",
-                "export_dirs",
-                type=click.Path(),
-                multiple=True,
-                help="Serve each image in this directory under the name of its file, read-only; may be repeated.",
-            ),
-            click.option(
-                "--export-dir-raw",
-                "raw_suffixes",
-                multiple=True,
-                metavar="SUFFIX",
-                help="Files there whose names end like this, such as .img, are raw images; may be repeated.",
-            ),
-            click.option(
-                "--export-dir-writable",
-                "dirs_writable",
-                is_flag=True,
-                help="Let clients write to images there that no other image there lies over.",
-            ),
-            click.option(
-                "--rescan",
-                type=click.FloatRange(min=0),
-                default=10.0,
-                show_default=True,
-                metavar="SECONDS",
-                help="How often to look at these directories; 0: only on SIGHUP.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+#: ``config`` and ``check_config``, and the options that ``directories`` takes.
+configuration_options = together(
+    click.option(
+        "--config",
+        type=click.Path(dir_okay=False),
+        help="Take everything from this TOML file, which is read again on SIGHUP.",
+    ),
+    click.option("--check-config", is_flag=True, help="Find out whether the server could start, and do not start it."),
+    click.option(
+        "--export-dir",
+        "export_dirs",
+        type=click.Path(),
+        multiple=True,
+        help="Serve each image in this directory under the name of its file, read-only; may be repeated.",
+    ),
+    click.option(
+        "--export-dir-raw",
+        "raw_suffixes",
+        multiple=True,
+        metavar="SUFFIX",
+        help="Files there whose names end like this, such as .img, are raw images; may be repeated.",
+    ),
+    click.option(
+        "--export-dir-writable",
+        "dirs_writable",
+        is_flag=True,
+        help="Let clients write to images there that no other image there lies over.",
+    ),
+    click.option(
+        "--rescan",
+        type=click.FloatRange(min=0),
+        default=10.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How often to look at these directories; 0: only on SIGHUP.",
+    ),
+)
 
 
 def directories(
@@ -73,7 +62,15 @@ def directories(
     layers: bool,
     shared: int,
 ) -> tuple[DirectorySettings, ...]:
-    """What is to be served of directories; the options for images hold for them, too."""
+    """What is to be served of directories; the options for images hold for them, too.
+
+    Raises:
+        click.UsageError: there are none, but options about them.
+    """
+    if not export_dirs and (raw_suffixes or dirs_writable):
+        raise click.UsageError(
+            "--export-dir-raw and --export-dir-writable say how --export-dir DIR is served; give that"
+        )
     return tuple(
         DirectorySettings(
             path=path,

@@ -2,18 +2,17 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import click
 
+from nbdq.cli.options import together
 from nbdq.errors import ExportError, printable
 
 _log = logging.getLogger(__name__)
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -42,41 +41,36 @@ class StartSettings:
     """None: unless the output belongs to somebody else, the command or whoever opened our sockets."""
 
 
-def lifecycle_options(function: _Function) -> _Function:
-    """The options that :func:`server_settings` and :func:`start_settings` take."""
-    for option in reversed(
-        (
-            click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect."),
-            click.option("--fork", is_flag=True, help="Return when clients can connect, and serve in the background."),
-            click.option(
-                "--ready-fd",
-                type=click.IntRange(min=0),
-                help="Write a newline to this descriptor, and close it, when clients can connect.",
-            ),
-            click.option(
-                "--run",
-                metavar="COMMAND",
-                help="Serve for as long as this shell command runs, on a private unix socket unless told otherwise. It "
-                "has $uri, $nbd, $unixsocket, $port and $exportname; its exit status is ours.",
-            ),
-            click.option(
-                "--print-uri/--no-print-uri",
-                default=None,
-                help="Print the URI of each export when clients can connect.  [default: print, unless --run or socket "
-                "activation]",
-            ),
-            click.option(
-                "--on-stop",
-                type=click.Choice(["close", "refuse"]),
-                default="close",
-                show_default=True,
-                help="In the end close connections when everything accepted is answered, so that clients can connect "
-                "again and lose nothing; or refuse requests (ESHUTDOWN) until clients leave.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+#: The options that ``server_settings`` and ``start_settings`` take.
+lifecycle_options = together(
+    click.option("--pid-file", type=click.Path(), help="Write the process id here once clients can connect."),
+    click.option("--fork", is_flag=True, help="Return when clients can connect, and serve in the background."),
+    click.option(
+        "--ready-fd",
+        type=click.IntRange(min=0),
+        help="Write a newline to this descriptor, and close it, when clients can connect.",
+    ),
+    click.option(
+        "--run",
+        metavar="COMMAND",
+        help="Serve for as long as this shell command runs, on a private unix socket unless told otherwise. It "
+        "has $uri, $nbd, $unixsocket, $port and $exportname; its exit status is ours.",
+    ),
+    click.option(
+        "--print-uri/--no-print-uri",
+        default=None,
+        help="Print the URI of each export when clients can connect.  [default: print, unless --run or socket "
+        "activation]",
+    ),
+    click.option(
+        "--on-stop",
+        type=click.Choice(["close", "refuse"]),
+        default="close",
+        show_default=True,
+        help="In the end close connections when everything accepted is answered, so that clients can connect "
+        "again and lose nothing; or refuse requests (ESHUTDOWN) until clients leave.",
+    ),
+)
 
 
 def server_settings(pid_file: str | None, on_stop: Literal["close", "refuse"]) -> ServerSettings:

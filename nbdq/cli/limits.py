@@ -4,19 +4,17 @@ import difflib
 import logging
 import os
 import resource
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from nbdq.cli.options import Size
+from nbdq.cli.options import Size, together
 from nbdq.errors import ExportError, printable
 from nbdq.server.limits import Limits
 
 _log = logging.getLogger(__name__)
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 #: All requests and replies together get no more of the memory that the process may use, unless the operator says so.
 _SHARE_OF_MEMORY = 4
@@ -25,34 +23,44 @@ _SPARE_DESCRIPTORS = 128
 _LIMITS = {limit.name.replace("_", "-"): limit for limit in fields(Limits)}
 
 
-def limit_options(function: _Function) -> _Function:
-    """The options that :func:`limits` takes."""
-    for option in reversed(
-        (
-            click.option(
-                "--limit",
-                "limit",
-                metavar="NAME=VALUE",
-                multiple=True,
-                callback=_show,
-                help="Change a limit; may be repeated. --limit help tells all of them, with their reasons.",
-            ),
-            click.option(
-                "--handshake-limit",
-                type=click.FloatRange(min=0),
-                metavar="SECONDS",
-                help="How long a client may take for its handshake; 0 for no limit.  [default: 10]",
-            ),
-            click.option(
-                "--drain-seconds",
-                type=click.FloatRange(min=0),
-                metavar="SECONDS",
-                help="How long clients may take to get their answers when the server stops.  [default: 30]",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+def _show(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if "help" in value:
+        width = max(map(len, _LIMITS))
+        for name, limit in _LIMITS.items():
+            click.echo(f"{name:<{width}}  {_in_words(name, limit.default):>8}  {limit.metadata['reason']}")
+        context.exit()
+    return value
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name.endswith("-bytes"):
+        return f"{int(value) >> 20}M"
+    return f"{value:g} s" if name.endswith("-seconds") else str(value)
+
+
+#: The options that ``limits`` takes.
+limit_options = together(
+    click.option(
+        "--limit",
+        "limit",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_show,
+        help="Change a limit; may be repeated. --limit help tells all of them, with their reasons.",
+    ),
+    click.option(
+        "--handshake-limit",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        help="How long a client may take for its handshake; 0 for no limit.  [default: 10]",
+    ),
+    click.option(
+        "--drain-seconds",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        help="How long clients may take to get their answers when the server stops.  [default: 30]",
+    ),
+)
 
 
 def limits(limit: tuple[str, ...], handshake_limit: float | None, drain_seconds: float | None) -> Limits:
@@ -86,21 +94,6 @@ def _parse(word: str) -> tuple[str, Any]:
     except (ValueError, click.BadParameter):
         kind = "a size" if known.name.endswith("_bytes") else "a number"
         raise click.UsageError(f"limit {name}: {printable(text)!r} is not {kind}") from None
-
-
-def _show(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    if "help" in value:
-        width = max(map(len, _LIMITS))
-        for name, limit in _LIMITS.items():
-            click.echo(f"{name:<{width}}  {_in_words(name, limit.default):>8}  {limit.metadata['reason']}")
-        context.exit()
-    return value
-
-
-def _in_words(name: str, value: Any) -> str:
-    if name.endswith("-bytes"):
-        return f"{int(value) >> 20}M"
-    return f"{value:g} s" if name.endswith("-seconds") else str(value)
 
 
 def fit(limits: Limits) -> Limits:

@@ -3,20 +3,18 @@
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import click
 
 import nbdq
 from nbdq.chain.clusters import ClusterCache
-from nbdq.cli.options import Mode
+from nbdq.cli.options import Mode, together
 from nbdq.errors import ExportError, printable
 from nbdq.server.http import HttpServer, Page
 from nbdq.server.listener import Listener, listen_tcp, listen_unix
 from nbdq.server.server import Server
 from nbdq.server.volume import Volume
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -28,27 +26,35 @@ class MetricsSettings:
     mode: Annotated[int, Mode()] = 0o600
     """File mode of the unix socket."""
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ExportError: that is no place to listen at.
+        """
+        if self.listen is not None and self.socket is None:
+            _host_and_port(self.listen)
 
-def metrics_options(function: _Function) -> _Function:
-    """The options that :func:`metrics_settings` takes."""
-    for option in reversed(
-        (
-            click.option(
-                "--metrics",
-                metavar="ADDRESS:PORT|PATH",
-                help="Serve /metrics (Prometheus), /healthz and /readyz here by HTTP; an empty address is 127.0.0.1.",
-            ),
-            click.option(
-                "--metrics-mode",
-                type=Mode(),
-                default="0600",
-                show_default=True,
-                help="File mode of the unix socket of --metrics.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+    @property
+    def socket(self) -> str | None:
+        """Path of the unix socket, if it is one."""
+        return self.listen if self.listen is not None and "/" in self.listen else None
+
+
+#: The options that ``metrics_settings`` takes.
+metrics_options = together(
+    click.option(
+        "--metrics",
+        metavar="ADDRESS:PORT|PATH",
+        help="Serve /metrics (Prometheus), /healthz and /readyz here by HTTP; an empty address is 127.0.0.1.",
+    ),
+    click.option(
+        "--metrics-mode",
+        type=Mode(),
+        default="0600",
+        show_default=True,
+        help="File mode of the unix socket of --metrics.",
+    ),
+)
 
 
 def metrics_settings(metrics: str | None, metrics_mode: int) -> MetricsSettings:
@@ -71,8 +77,8 @@ def listen_for_monitoring(settings: MetricsSettings, given: Listener | None, und
         return [given]
     if settings.listen is None:
         return []
-    if "/" in settings.listen:
-        listeners = [listen_unix(settings.listen, mode=settings.mode)]
+    if settings.socket is not None:
+        listeners = [listen_unix(settings.socket, mode=settings.mode)]
     else:
         listeners = listen_tcp(*_host_and_port(settings.listen))
     for listener in listeners:
@@ -83,9 +89,7 @@ def listen_for_monitoring(settings: MetricsSettings, given: Listener | None, und
 def _host_and_port(text: str) -> tuple[str, int]:
     address, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
-        raise ExportError(
-            f"metrics: {printable(text)} is neither ADDRESS:PORT, such as 127.0.0.1:9809, nor a path with a /"
-        )
+        raise ExportError(f"{printable(text)!r} is neither ADDRESS:PORT, such as 127.0.0.1:9809, nor a path with a /")
     return address.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 

@@ -57,39 +57,45 @@ class Backing(click.ParamType[tuple[str, str] | None]):
         return format, path
 
 
-def chain_options(function: _Function) -> _Function:
-    """The options that say how a chain may be opened, gathered by :func:`chain_arguments`."""
-    for option in reversed(
-        (
-            click.option(
-                "-f",
-                "--format",
-                "format",
-                type=click.Choice(["qcow2", "raw"]),
-                default="qcow2",
-                show_default=True,
-                help="Format of IMAGE; it is never guessed.",
-            ),
-            click.option(
-                "--backing",
-                "backing",
-                type=Backing(),
-                multiple=True,
-                help="The layer below, in order from the top; replaces what headers say. 'none' ends the chain.",
-            ),
-            click.option(
-                "--allow-backing",
-                "allow_backing",
-                type=click.Path(exists=True, file_okay=False),
-                multiple=True,
-                help="A directory that backing and data files may lie in, besides IMAGE's own.",
-            ),
-            click.option("--allow-data-file", is_flag=True, help="Open external data files that headers name."),
-            click.option("-U", "--force-share", is_flag=True, help="Open even if another process writes to the image."),
-        )
-    ):
-        function = option(function)
-    return function
+def together(*options: Callable[[Any], Any]) -> Callable[[_Function], _Function]:
+    """One decorator for several options, which ``--help`` shows in this order."""
+
+    def decorate(function: _Function) -> _Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+#: The options that say how a chain may be opened, gathered by ``chain_arguments``.
+chain_options = together(
+    click.option(
+        "-f",
+        "--format",
+        "format",
+        type=click.Choice(["qcow2", "raw"]),
+        default="qcow2",
+        show_default=True,
+        help="Format of IMAGE; it is never guessed.",
+    ),
+    click.option(
+        "--backing",
+        "backing",
+        type=Backing(),
+        multiple=True,
+        help="The layer below, in order from the top; replaces what headers say. 'none' ends the chain.",
+    ),
+    click.option(
+        "--allow-backing",
+        "allow_backing",
+        type=click.Path(exists=True, file_okay=False),
+        multiple=True,
+        help="A directory that backing and data files may lie in, besides IMAGE's own.",
+    ),
+    click.option("--allow-data-file", is_flag=True, help="Open external data files that headers name."),
+    click.option("-U", "--force-share", is_flag=True, help="Open even if another process writes to the image."),
+)
 
 
 def explicit_chain(backing: tuple[tuple[str, str] | None, ...]) -> list[tuple[str, str]] | None:

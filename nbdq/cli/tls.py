@@ -1,48 +1,41 @@
 """The options of ``nbdq serve`` that are about TLS, and the credentials that they name."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import Literal
 
 import click
 
+from nbdq.cli.options import together
 from nbdq.errors import ExportError
 from nbdq.nbd.handshake import TlsMode
 from nbdq.server.tls import Tls, TlsSettings
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def tls_options(function: _Function) -> _Function:
-    """The options that :func:`tls_settings` takes."""
-    for option in reversed(
-        (
-            click.option(
-                "--tls",
-                type=click.Choice([mode.value for mode in TlsMode]),
-                default=None,
-                help="Whether clients may or must use TLS.  [default: require with --tls-creds or --tls-psk, else off]",
-            ),
-            click.option(
-                "--tls-creds",
-                "--tls-certificates",
-                type=click.Path(),
-                help="Directory with server-cert.pem, server-key.pem, ca-cert.pem and perhaps ca-crl.pem.",
-            ),
-            click.option(
-                "--tls-verify-peer/--no-tls-verify-peer",
-                default=True,
-                show_default=True,
-                help="Whether clients need a certificate signed by ca-cert.pem.",
-            ),
-            click.option(
-                "--tls-psk",
-                type=click.Path(),
-                help="Instead of certificates: file of pre-shared keys, lines of NAME:HEX as psktool writes them.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
+#: The options that ``tls_settings`` takes.
+tls_options = together(
+    click.option(
+        "--tls",
+        type=click.Choice([mode.value for mode in TlsMode]),
+        default=None,
+        help="Whether clients may or must use TLS.  [default: require with --tls-creds or --tls-psk, else off]",
+    ),
+    click.option(
+        "--tls-creds",
+        "--tls-certificates",
+        type=click.Path(),
+        help="Directory with server-cert.pem, server-key.pem, ca-cert.pem and perhaps ca-crl.pem.",
+    ),
+    click.option(
+        "--tls-verify-peer/--no-tls-verify-peer",
+        default=True,
+        show_default=True,
+        help="Whether clients need a certificate signed by ca-cert.pem.",
+    ),
+    click.option(
+        "--tls-psk",
+        type=click.Path(),
+        help="Instead of certificates: file of pre-shared keys, lines of NAME:HEX as psktool writes them.",
+    ),
+)
 
 
 def tls_settings(
