@@ -47,6 +47,16 @@ configuration_options = together(
     ),
 )
 
+#: Options that say how something is to be that another option asks for.
+_MEAN_NOTHING_WITHOUT = {
+    "socket_mode": "socket",
+    "admin_mode": "admin",
+    "metrics_mode": "metrics",
+    "raw_suffixes": "export_dirs",
+    "dirs_writable": "export_dirs",
+    "rescan": "export_dirs",
+}
+
 
 def directories(
     export_dirs: tuple[str, ...],
@@ -62,15 +72,7 @@ def directories(
     layers: bool,
     shared: int,
 ) -> tuple[DirectorySettings, ...]:
-    """What is to be served of directories; the options for images hold for them, too.
-
-    Raises:
-        click.UsageError: there are none, but options about them.
-    """
-    if not export_dirs and (raw_suffixes or dirs_writable):
-        raise click.UsageError(
-            "--export-dir-raw and --export-dir-writable say how --export-dir DIR is served; give that"
-        )
+    """What is to be served of directories; the options for images hold for them, too."""
     return tuple(
         DirectorySettings(
             path=path,
@@ -101,3 +103,15 @@ def refuse_besides_config(context: click.Context) -> None:
         if parameter.name not in _BESIDES_CONFIG and source is not click.core.ParameterSource.DEFAULT:
             name = parameter.opts[0] if isinstance(parameter, click.Option) else "IMAGE"
             raise click.UsageError(f"{name} cannot be given besides --config; write it in the file")
+
+
+def refuse_what_means_nothing(context: click.Context) -> None:
+    """Make sure that whoever types an option gets what it is about. In the environment it may be for other servers.
+
+    Raises:
+        click.UsageError: the option that it is about is missing.
+    """
+    names = {parameter.name: parameter.opts[-1] for parameter in context.command.params}
+    for option, other in _MEAN_NOTHING_WITHOUT.items():
+        if context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE and not context.params[other]:
+            raise click.UsageError(f"{names[option]} means nothing without {names[other]}; give that, too")

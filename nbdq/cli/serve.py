@@ -11,7 +11,12 @@ import click
 
 from nbdq.cli.administration import admin_settings, administration_options
 from nbdq.cli.config_file import ConfigError, load_settings
-from nbdq.cli.configuration import configuration_options, directories, refuse_besides_config
+from nbdq.cli.configuration import (
+    configuration_options,
+    directories,
+    refuse_besides_config,
+    refuse_what_means_nothing,
+)
 from nbdq.cli.lifecycle import lifecycle_options, server_settings, start_settings
 from nbdq.cli.limits import limit_options, limits
 from nbdq.cli.metrics import metrics_options, metrics_settings
@@ -132,6 +137,7 @@ def serve_command(
         load = partial(load_settings, os.path.abspath(config))
         settings = _loaded(load)
     else:
+        refuse_what_means_nothing(context)
         settings = _settings(images, options)
     if check_config:
         sys.exit(_check(settings, of_file=config is not None))

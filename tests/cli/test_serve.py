@@ -62,6 +62,12 @@ def error(*words: str | Path) -> str:
         (["--socket-mode=-1"], "'-1' is not an octal file mode"),
         (["-x", "a", "-x", "b"], "--export-name is given 2 times for 1 images"),
         (["-D", "a", "-D", "b"], "--description is given 2 times for 1 images"),
+        (["--socket-mode", "0660"], "--socket-mode means nothing without --socket; give that, too"),
+        (["--admin-mode", "0660"], "--admin-mode means nothing without --admin; give that, too"),
+        (["--metrics-mode", "0660"], "--metrics-mode means nothing without --metrics; give that, too"),
+        (["--export-dir-raw", ".img"], "--export-dir-raw means nothing without --export-dir; give that, too"),
+        (["--export-dir-writable"], "--export-dir-writable means nothing without --export-dir; give that, too"),
+        (["--rescan", "1"], "--rescan means nothing without --export-dir; give that, too"),
     ],
 )
 def test_impossible_options_are_refused(options: list[str], complaint: str, image: Path) -> None:
