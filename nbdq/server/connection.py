@@ -12,6 +12,7 @@ from nbdq.nbd.constants import Command
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.handshake import Handshake, TlsMode
 from nbdq.nbd.transmission import Transmission
+from nbdq.server.census import source_of
 from nbdq.server.entrance import Entrance
 from nbdq.server.export import Export, Exports
 from nbdq.server.output import Output
@@ -240,6 +241,7 @@ class Connection:
             Transmission(negotiated, self._resources.receive_buffer),
             export,
             self._resources,
+            source=source_of(self._peer),
             on_end=self._hang_up,
             log=self._log,
         )

@@ -7,7 +7,7 @@ never more than one receive buffer, and if it were counted, those who wait could
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from time import monotonic
 
@@ -43,16 +43,18 @@ class Pending:
         performer: Performer,
         resources: Resources,
         *,
+        source: Hashable,
         on_replies: Callable[[], None],
         on_memory: Callable[[], None],
     ) -> None:
         """On the loop thread, ``on_replies`` is called when there are :meth:`replies`, and ``on_memory`` when it is
-        time to ask again for what was refused for want of memory."""
+        time to ask again for what was refused for want of memory. ``source`` is where the client comes from."""
         self._export = export
         self._writing = export.writing
         self._counters = performer.counters
         self._performer = performer
         self._resources = resources
+        self._source = source
         self._on_replies = on_replies
         self._on_memory = on_memory
         self.in_progress = 0
@@ -110,7 +112,7 @@ class Pending:
             self._answered += length
         else:
             self._reserved -= length
-            self._resources.budget.give(length)
+            self._resources.budget.give(length, source=self._source)
         return pieces
 
     def output_is_empty(self) -> None:
@@ -118,13 +120,13 @@ class Pending:
         if self._answered:
             count, self._answered = self._answered, 0
             self._reserved -= count
-            self._resources.budget.give(count)
+            self._resources.budget.give(count, source=self._source)
 
     def _reserve(self, count: int) -> bool:
         if self._reserved and self._reserved + count > self._resources.limits.connection_bytes:
             return False  # our own replies will leave, and that serves the backlog again
         overdraw = self._reserved + count <= GUARANTEED_BYTES
-        if not self._resources.budget.take(count, self._on_memory, overdraw=overdraw):
+        if not self._resources.budget.take(count, self._on_memory, source=self._source, overdraw=overdraw):
             return False
         self._reserved += count
         return True
@@ -172,7 +174,7 @@ class Pending:
         # Most of what it needs is reserved; if it had to wait for the rest, that could be for ever.
         charge -= self.payload
         self.payload = 0
-        self._resources.budget.take(charge, self._on_memory, overdraw=True)
+        self._resources.budget.take(charge, self._on_memory, source=self._source, overdraw=True)
         self._reserved += charge
         return True
 

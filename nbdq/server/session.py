@@ -14,7 +14,7 @@ and only sends what it has. The device is asked for anew in each batch, because 
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from errno import EIO
 from functools import partial
 from time import monotonic
@@ -59,11 +59,12 @@ class Session:
         transmission: Transmission,
         export: Export,
         resources: Resources,
+        source: Hashable,
         on_end: Callable[[Ending], None],
         log: PeerLog,
     ) -> None:
-        """``sock`` is non-blocking and stays the caller's; ``on_end`` is called once, unless
-        :meth:`abandon` came first."""
+        """``sock`` is non-blocking and stays the caller's; ``source`` is where the client comes from; ``on_end`` is
+        called once, unless :meth:`abandon` came first."""
         self._socket = sock
         self._transmission = transmission
         self.export = export
@@ -78,6 +79,7 @@ class Session:
             export,
             self._performer,
             resources,
+            source=source,
             on_replies=partial(self._guard, self._finish),
             on_memory=self._serve_again,
         )

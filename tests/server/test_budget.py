@@ -93,3 +93,23 @@ def test_one_that_left_is_not_called_back() -> None:
     budget.forget(gone.called)
     budget.give(100)
     assert gone.calls == 0
+
+
+def test_a_source_that_holds_more_than_would_be_left_gets_no_more() -> None:
+    """Otherwise one that begins payloads and drips them keeps all large requests of others waiting for ever."""
+    budget, nobody = Budget(256), lambda: None
+    taken = [budget.take(32, nobody, source="greedy") for _ in range(8)]
+    assert taken == [True] * 4 + [False] * 4
+    assert [budget.take(32, nobody, source="second") for _ in range(8)] == [True] * 2 + [False] * 6
+    assert budget.take(32, nobody, source="honest")
+    assert budget.take(1, nobody, source="greedy", overdraw=True)
+
+
+def test_a_source_that_gives_back_may_take_again() -> None:
+    budget, calls = Budget(100), []
+    assert budget.take(60, lambda: None, source="one")
+    assert not budget.take(10, lambda: calls.append("one"), source="one")
+    assert budget.take(10, lambda: None, source="two")
+    budget.give(40, source="one")
+    assert calls == ["one"]
+    assert budget.take(10, lambda: None, source="one")
