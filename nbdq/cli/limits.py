@@ -58,7 +58,7 @@ limit_options = together(
         "--drain-seconds",
         type=click.FloatRange(min=0),
         metavar="SECONDS",
-        help="How long clients may take to get their answers when the server stops.  [default: 30]",
+        help="How long clients may take to get their answers when the server stops; 0: no time.  [default: 30]",
     ),
 )
 

@@ -32,14 +32,15 @@ def _limit(default: Any, reason: str, *, least: float = 0, most: float = inf) ->
 class Limits:
     """Limits that an operator may change, each with its reason, which ``nbdq serve --limit help`` shows.
 
-    A 0 is no limit, where it is allowed. Names end in the unit; counts have none.
+    A 0 is no limit where it is allowed, unless the reason says otherwise. Names end in the unit; counts have none.
     """
 
     # Who gets in.
     handshake_seconds: float = _limit(10.0, "from accept to the end of the handshake, TLS included, whatever comes")
     pending_handshakes: int = _limit(64, "clients that negotiate at once; more wait to be accepted", least=1)
     crowded_handshake_seconds: float = _limit(
-        1.0, "at that limit, the age at which the oldest one of whoever has most is dropped for somebody who waits"
+        1.0,
+        "at that limit, the age at which the oldest one of whoever has most is dropped for somebody who waits; 0: any",
     )
     connections: int = _limit(1024, "clients that use exports, all together; more are told so", least=1)
     export_connections: int = _limit(128, "clients of one export, unless it has a number of its own; more are told so")
@@ -74,10 +75,10 @@ class Limits:
     )
     keepalive_interval_seconds: float = _limit(10.0, "TCP: between such questions", least=1, most=_MOST_KEEPALIVE)
     keepalive_probes: int = _limit(6, "TCP: such questions until the client counts as gone", least=1, most=127)
-    drain_seconds: float = _limit(30.0, "from SIGTERM until connections that are still busy are cut")
+    drain_seconds: float = _limit(30.0, "from SIGTERM until connections that are still busy are cut; 0: at once")
 
     # What the process uses.
-    inflated_bytes: int = _limit(64 << 20, "inflated clusters kept for all disks")
+    inflated_bytes: int = _limit(64 << 20, "inflated clusters kept for all disks; 0: none")
     index_bytes: int = _limit(64 << 20, "windows of the chain indexes of all disks, in equal shares", least=1)
     workers: int = _limit(4, "threads for everything that can wait for a disk or a decompressor", least=1)
 

@@ -161,7 +161,7 @@ def watch_for_death(sock: socket.socket, limits: Limits) -> None:
         return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, bool(limits.keepalive_seconds))
     for option, value in (
-        (socket.TCP_KEEPIDLE, limits.keepalive_seconds or limits.keepalive_interval_seconds),
+        (socket.TCP_KEEPIDLE, max(1, limits.keepalive_seconds)),  # the kernel has no less
         (socket.TCP_KEEPINTVL, limits.keepalive_interval_seconds),
         (socket.TCP_KEEPCNT, limits.keepalive_probes),
         (socket.TCP_USER_TIMEOUT, limits.user_timeout_seconds * 1000),
@@ -177,6 +177,8 @@ def listen_unix(path: str, *, mode: int = 0o600, tls: TlsMode = TlsMode.OFF) -> 
     Raises:
         ExportError: the path is taken or cannot be bound.
     """
+    if not path:
+        raise ExportError("the path of a unix socket is empty")  # the kernel would choose a name that nobody knows
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)
