@@ -202,13 +202,17 @@ def hold(path: str) -> FileStorage:
     The lock is on a file beside it, for the state file itself is replaced with every change.
 
     Raises:
-        StateError: another server uses it.
-        OSError: the file beside it cannot be made.
+        StateError: another server uses it, or the file beside it cannot be made.
+        OSError: the kernel refuses to lock.
     """
     beside = f"{os.path.realpath(path)}.lock"
-    with suppress(FileExistsError):
-        FileStorage.create(beside, mode=0o600).close()
-    storage = FileStorage.open(beside)
+    try:
+        with suppress(FileExistsError):
+            FileStorage.create(beside, mode=0o600).close()
+        storage = FileStorage.open(beside)
+    except OSError as error:
+        what = f"{printable(path)}: cannot be locked, for which {printable(beside)} is needed"
+        raise StateError(f"{what}: {error.strerror or error}") from None
     try:
         lock_image(storage.descriptor, beside, WRITER)
     except ImageLocked:

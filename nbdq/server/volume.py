@@ -126,7 +126,8 @@ class Volume:
         if not shrink:
             raise OperationError(
                 f"{size} bytes are less than the {self.chain.device.size} that {printable(self.name)} has; "
-                "what lies behind would be lost; to do it all the same, ask with x-nbdq-shrink"
+                "what lies behind would be lost; to do it all the same, ask with x-nbdq-shrink "
+                "(nbdq ctl resize --shrink)"
             )
         async with self.drained():
             await in_thread(self._shrink, size)
