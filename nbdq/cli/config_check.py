@@ -29,7 +29,8 @@ from nbdq.server.export import Export
 
 
 def problems_of(settings: Settings, *, of_file: bool) -> Iterator[tuple[str, bool]]:
-    """What is wrong, one line each, and whether it stands in the way of a start; an image of a directory does not."""
+    """What is wrong, one line each, and whether it stands in the way of a start for certain; an image of
+    a directory does not."""
     try:
         policies = Policies() if settings.admin.volume_policy is None else Policies.load(settings.admin.volume_policy)
         administration = Administration(State(settings.admin.state), policies, None, Access())
@@ -41,17 +42,45 @@ def problems_of(settings: Settings, *, of_file: bool) -> Iterator[tuple[str, boo
         open_tls(settings.tls, map(settings.tls.mode_of, places))
     except (NbdqError, OSError) as error:
         yield f"tls: {in_words(error)}", True
+    for place, path in _paths_to_make(settings):
+        if not os.path.isdir(directory := os.path.dirname(path) or "."):  # the service manager may make it
+            yield f"{place}: {printable(path, 1024)}: there is no directory {printable(directory, 1024)} yet", False
+        elif os.path.isdir(path) or not path:
+            yield f"{place}: {printable(path, 1024)!r} is no name for a file", True
     try:
         wanted = Catalogue(of_file=of_file).wanted(settings)
     except (NbdqError, OSError) as error:
         yield f"export-directory: {in_words(error)}", True
         return
     clusters = ClusterCache(budget=0)
+    names: set[str] = set()
     for number, each in enumerate(wanted, 1):
         try:
+            _check_name(each.settings.export_name, names)
             _check_export(each.settings, f"disk {number}", administration, clusters)
         except (NbdqError, OSError) as error:
             yield str(each.failed(error)) if each.is_required else f"not offered: {in_words(error)}", each.is_required
+
+
+def _paths_to_make(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What a start makes, and where the settings say so."""
+    for number, listen in enumerate(settings.listen, 1):
+        if listen.socket is not None:
+            yield f"listen {number}", listen.socket
+    for place, path in (
+        ("admin", settings.admin.socket),
+        ("metrics", settings.metrics.socket),
+        ("pid-file", settings.server.pid_file),
+    ):
+        if path is not None:
+            yield place, path
+
+
+def _check_name(name: str, names: set[str]) -> None:
+    """Refuse a name that is among ``names``, which it joins."""
+    if name in names:
+        raise ExportError(f"two exports are named {printable(name)!r}; give each a name of its own")
+    names.add(name)
 
 
 def _check_export(settings: ExportSettings, name: str, administration: Administration, clusters: ClusterCache) -> None:

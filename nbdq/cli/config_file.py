@@ -44,6 +44,10 @@ def load_settings(path: str) -> Settings:
         if len(text) > _SIZE_MAX:
             raise ExportError("the file is too large")
         settings = read_table(Settings, tomllib.loads(text.decode()), "", problems)
+    except UnicodeDecodeError as error:
+        problems.append(f"byte {error.start} is not UTF-8, which TOML is written in")
+    except tomllib.TOMLDecodeError as error:
+        problems.append(f'not TOML: {printable(str(error))}; strings and modes stand in quotes, as in "0660"')
     except (ValueError, RecursionError, ExportError) as error:
         problems.append(printable(str(error)))
     if settings is not None:
@@ -79,8 +83,6 @@ def contradictions(settings: Settings) -> Iterator[str]:
         place = place_of("export-directory", number, directory.path)
         if not os.path.isdir(directory.path):
             yield f"{place}: {printable(directory.path, 1024)}: there is no such directory"
-        if both := {*directory.qcow2} & {*directory.raw}:
-            yield f"{place}: {', '.join(sorted(both))} cannot be the suffix of qcow2 and of raw images"
     if settings.admin.volume_policy is not None and not _exists(settings.admin.volume_policy):
         yield f"admin: volume-policy: {printable(settings.admin.volume_policy, 1024)}: there is no such file"
 

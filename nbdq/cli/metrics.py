@@ -58,8 +58,15 @@ metrics_options = together(
 
 
 def metrics_settings(metrics: str | None, metrics_mode: int) -> MetricsSettings:
-    """What the options of :func:`metrics_options` say."""
-    return MetricsSettings(metrics, metrics_mode)
+    """What the options of :func:`metrics_options` say.
+
+    Raises:
+        click.UsageError: ``metrics`` is no place to listen at.
+    """
+    try:
+        return MetricsSettings(metrics, metrics_mode)
+    except ExportError as error:
+        raise click.UsageError(f"--metrics: {error}") from None
 
 
 def listen_for_monitoring(settings: MetricsSettings, given: Listener | None, undo: ExitStack) -> list[Listener]:

@@ -36,8 +36,10 @@ class ListenSettings:
     def __post_init__(self) -> None:
         """
         Raises:
-            ExportError: there is no such port.
+            ExportError: there is no such port, or none on a unix socket.
         """
+        if self.socket is not None and self.port is not None:
+            raise ExportError("a unix socket has no port; write a [[listen]] for each")
         if self.port is not None and self.port > 0xFFFF:
             raise ExportError(f"port: {self.port} is not in the range 0 to 65535")
 
@@ -167,6 +169,8 @@ class DirectorySettings(Offer):
         super().__post_init__()
         if 0 < self.rescan_seconds < 0.1:
             raise ExportError(f"rescan-seconds: {self.rescan_seconds:g} is less than 0.1, and not 0")
+        if both := {*self.qcow2} & {*self.raw}:
+            raise ExportError(f"{', '.join(sorted(both))} cannot be the suffix of qcow2 and of raw images")
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,15 @@ def test_all_that_is_wrong_is_told_in_one_run_each_with_its_place(image: Path, t
         (f'[[export]]\nimage = "IMAGE"\n[limits]\nprocess-bytes = "{10**30}G"\n', "does not fit into 64 bits"),
         ('[[export]]\nimage = "IMAGE"\n[[listen]]\nport = 65536\n', "port: 65536 is not in the range 0 to 65535"),
         ('[[export]]\nimage = "IMAGE"\n[[listen]]\nmode = "999"\n', "'999' is not an octal file mode such as 0660"),
+        ('[[export]]\nimage = "IMAGE"\n[[listen]]\nsocket = "s"\nmode = 0600\n', 'modes stand in quotes, as in "0660"'),
+        (
+            '[[export]]\nimage = "IMAGE"\n[[listen]]\nsocket = "s"\nport = 1\n',
+            'listen 1 ("s"): a unix socket has no port',
+        ),
+        ('[[export]]\nimage = "IMAGE"\n[[listen]]\nsocket = ""\n', "listen 1: '' is no name for a file"),
+        ('[[export]]\nimage = "IMAGE"\n[server]\npid-file = "/"\n', "pid-file: '/' is no name for a file"),
+        ('[[export]]\nimage = "IMAGE"\n[metrics]\nlisten = "host:x"\n', "metrics: 'host:x' is neither ADDRESS:PORT"),
+        ('[[export-directory]]\npath = "."\nraw = [".qcow2"]\n', ".qcow2 cannot be the suffix of qcow2 and of raw"),
     ],
 )
 def test_a_mistake_is_one_line(text: str, complaint: str, image: Path, tmp_path: Path) -> None:
@@ -152,6 +161,29 @@ def test_options_besides_a_file_are_refused(image: Path, tmp_path: Path) -> None
         result = run_nbdq("serve", "--config", path, *words)
         assert result.exit_code == 2
         assert f"{name} cannot be given besides --config" in result.stderr
+
+
+def test_a_check_of_options_finds_what_a_start_would_refuse(image: Path) -> None:
+    result = run_nbdq("serve", image, image, "--check-config")
+    assert result.exit_code == 1
+    assert result.stderr == "nbdq: two exports are named 'disk'; give each a name of its own\n"
+    for words, complaint in (
+        (("--metrics", "host:x", image), "--metrics: 'host:x' is neither ADDRESS:PORT"),
+    ):
+        result = run_nbdq("serve", *words)
+        assert result.exit_code == 2
+        assert complaint in result.stderr
+
+
+def test_a_directory_that_a_service_manager_may_make_is_told_of_and_no_mistake(image: Path, tmp_path: Path) -> None:
+    status, _, found = check(tmp_path, f'[[export]]\nimage = "{image}"\n[[listen]]\nsocket = "{tmp_path}/no/s"\n')
+    assert (status, found) == (0, [f"listen 1: {tmp_path}/no/s: there is no directory {tmp_path}/no yet"])
+
+
+def test_a_unix_socket_without_a_name_is_refused(image: Path) -> None:
+    """The kernel would choose one that no client knows."""
+    result = run_nbdq("serve", "-k", "", image)
+    assert (result.exit_code, result.stderr) == (1, "nbdq: the path of a unix socket is empty\n")
 
 
 def test_a_server_without_anything_to_serve_is_refused() -> None:
@@ -244,12 +276,13 @@ def test_limits_are_documented_where_their_reasons_are() -> None:
 
 def test_the_example_is_sound(tmp_path: Path) -> None:
     text = EXAMPLE.read_text()
-    for path in set(re.findall(r'"(/srv/[^"]*)"', text)):
+    for path in set(re.findall(r'"((?:/srv|/run)/[^"]*)"', text)):
         place = tmp_path / path[1:]
         if place.suffix:
             place.parent.mkdir(parents=True, exist_ok=True)
+        if place.suffix == ".qcow2":
             run("qemu-img", "create", "-q", "-f", "qcow2", place, "1M")
-        else:
+        elif not place.suffix:
             place.mkdir(parents=True, exist_ok=True)
         text = text.replace(f'"{path}"', f'"{place}"')
     status, shown, found = check(tmp_path, text)
