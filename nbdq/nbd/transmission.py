@@ -127,6 +127,7 @@ class Transmission:
         self._buffer = bytearray(BUFFER_SIZE) if buffer is None else buffer
         self._view = memoryview(self._buffer)
         self._open = self._view  # what of it is received into
+        self._is_settled = True  # nothing of what is to be kept lies in the buffer
         self._kept = b""  # an incomplete header
         self._unread_payload = 0  # bytes still to come of a payload that nobody wants; only while _kept is empty
         self._draining: RawRequest | None = None  # the request that it belongs to
@@ -173,6 +174,7 @@ class Transmission:
             raise self.failure
         if self._rest:
             return self._received_payload(count)
+        self._is_settled = False
         requests: list[RawRequest] = []
         if self.disconnected:
             return requests
@@ -289,6 +291,9 @@ class Transmission:
 
     def settle(self) -> None:
         """Copy out what lies in the receive buffer, for others may use that now; at most its size, and only once."""
+        if self._is_settled:
+            return
+        self._is_settled = True
         for _ in range(len(self.payloads)):
             payload = self.payloads.popleft()
             self.payloads.append(memoryview(bytes(payload)) if payload.obj is self._buffer else payload)
