@@ -1,5 +1,7 @@
 """The options of ``nbdq serve`` that name what is served in other ways than image by image: a file, or directories."""
 
+from typing import Any
+
 import click
 
 from nbdq.cli.options import together
@@ -64,28 +66,16 @@ def directories(
     dirs_writable: bool,
     rescan: float,
     read_only: bool,
-    allow_backing: tuple[str, ...],
-    allow_data_file: bool,
-    force_share: bool,
-    allocation_depth: bool,
-    snapshots: bool,
-    layers: bool,
-    shared: int,
+    offer: dict[str, Any],
 ) -> tuple[DirectorySettings, ...]:
-    """What is to be served of directories; the options for images hold for them, too."""
+    """What is to be served of directories; ``offer``, members of :class:`~nbdq.cli.settings.Offer`, holds for each."""
     return tuple(
         DirectorySettings(
             path=path,
             raw=raw_suffixes,
             read_only=read_only or not dirs_writable,
             rescan_seconds=rescan,
-            allow_backing=allow_backing,
-            allow_data_file=allow_data_file,
-            force_share=force_share,
-            allocation_depth=allocation_depth,
-            snapshots=snapshots,
-            layers=layers,
-            max_connections=shared,
+            **offer,
         )
         for path in export_dirs
     )

@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +23,7 @@ from nbdq.cli.limits import limit_options, limits
 from nbdq.cli.metrics import metrics_options, metrics_settings
 from nbdq.cli.options import Mode, Size, chain_options, explicit_chain
 from nbdq.cli.running import run
-from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Settings
+from nbdq.cli.settings import ExportSettings, ListenSettings, LogSettings, Offer, Settings
 from nbdq.cli.tls import tls_options, tls_settings
 from nbdq.cli.volumes import export_names, one_each
 from nbdq.errors import printable
@@ -155,12 +156,13 @@ def _loaded(load: Callable[[], Settings]) -> Settings:
 
 
 def _settings(images: tuple[str, ...], options: dict[str, Any]) -> Settings:
-    found = _from(directories, options)
+    offer = _offer(options)
+    found = _from(directories, {**options, "offer": offer})
     if not images and not found:
         raise click.UsageError("nothing is to be served; name an IMAGE, or --export-dir DIR, or --config FILE")
     return Settings(
         listen=_from(listeners, options),
-        export=_from(exports, {**options, "images": images, "alone": len(images) == 1 and not found}),
+        export=_from(exports, {**options, "offer": offer, "images": images, "alone": len(images) == 1 and not found}),
         export_directory=found,
         admin=_from(admin_settings, options),
         tls=_from(tls_settings, options),
@@ -169,6 +171,18 @@ def _settings(images: tuple[str, ...], options: dict[str, Any]) -> Settings:
         log=_from(log_settings, options),
         server=_from(server_settings, options),
     )
+
+
+def _offer(options: dict[str, Any]) -> dict[str, Any]:
+    """What options say of :class:`Offer`, for images and directories alike.
+
+    Raises:
+        click.UsageError: options contradict each other.
+    """
+    if options["detect_zeroes"] == "unmap" and options["discard"] == "ignore":
+        raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
+    named = {field.name: options[field.name] for field in fields(Offer) if field.name in options}
+    return {**named, "max_connections": options["shared"]}
 
 
 def _check(settings: Settings, *, of_file: bool) -> int:
@@ -210,27 +224,17 @@ def exports(
     snapshot: str | None,
     bitmaps: tuple[str, ...],
     format: Literal["qcow2", "raw"],
-    allow_backing: tuple[str, ...],
-    allow_data_file: bool,
-    force_share: bool,
     read_only: bool,
-    allocation_depth: bool,
-    shared: int,
-    discard: Literal["unmap", "ignore"],
-    detect_zeroes: Literal["off", "on", "unmap"],
-    write_threshold: int | None,
-    snapshots: bool,
-    layers: bool,
+    offer: dict[str, Any],
 ) -> tuple[ExportSettings, ...]:
-    """One for each image; the other options hold for all of them. An image that is served ``alone`` has no name.
+    """One for each image; the other options, and the ``offer``, hold for all of them. An image that is served ``alone``
+    has no name.
 
     Raises:
-        click.UsageError: options do not fit each other, or the number of images.
+        click.UsageError: options do not fit the number of images.
     """
-    if len(images) > 1 and (backing or snapshot or bitmaps):
+    if len(images) != 1 and (backing or snapshot or bitmaps):
         raise click.UsageError("--backing, --load-snapshot and --bitmap are for a single IMAGE")
-    if detect_zeroes == "unmap" and discard == "ignore":
-        raise click.UsageError("--detect-zeroes unmap gives up space, which --discard ignore forbids")
     chain = explicit_chain(backing)
     texts = one_each("--description", descriptions, images, default=[""] * len(images))
     return tuple(
@@ -240,19 +244,10 @@ def exports(
             description=text,
             format=format,
             backing=None if chain is None else tuple(chain),
-            allow_backing=allow_backing,
-            allow_data_file=allow_data_file,
-            force_share=force_share,
             read_only=read_only,
             snapshot=snapshot,
             bitmaps=bitmaps,
-            allocation_depth=allocation_depth,
-            max_connections=shared,
-            discard=discard,
-            detect_zeroes=detect_zeroes,
-            write_threshold=write_threshold,
-            snapshots=snapshots,
-            layers=layers,
+            **offer,
         )
         for image, name, text in zip(images, export_names(names, images, alone=alone), texts, strict=True)
     )

@@ -74,6 +74,10 @@ def test_impossible_options_are_refused(options: list[str], complaint: str, imag
     assert complaint in usage_error(*options, image)
 
 
+def test_options_for_one_image_are_not_for_directories(tmp_path: Path) -> None:
+    assert "--load-snapshot and --bitmap are for a single IMAGE" in usage_error("--export-dir", tmp_path, "-l", "old")
+
+
 def test_each_of_several_images_needs_a_name_of_its_own(image: Path, other: Path, tmp_path: Path) -> None:
     assert "--export-name is given 1 times for 2 images" in usage_error("-x", "a", image, other)
     assert "--description is given 1 times for 2 images" in usage_error("-D", "a", image, other)

@@ -210,3 +210,13 @@ def test_a_directory_can_be_named_on_the_command_line(directory: Path) -> None:
         server.process.send_signal(1)
         eventually(lambda: 'export="two.qcow2"' in listed(server), "SIGHUP changed nothing")
         assert execute("nbdinfo", server.uri("two")).returncode != 0
+
+
+@requires("qemu-io")
+def test_what_options_say_of_exports_holds_for_those_of_directories(directory: Path) -> None:
+    disk = directory / "disk.img"
+    disk.write_bytes(b"x" * (1 << 20))
+    words = ("--export-dir", directory, "--export-dir-raw", ".img", "--export-dir-writable", "--discard", "ignore")
+    with serve(*words) as server:
+        run("qemu-io", "-f", "raw", "-c", "discard 0 1M", server.uri("disk.img"))
+    assert disk.stat().st_blocks * 512 >= 1 << 20
