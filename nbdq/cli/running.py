@@ -66,16 +66,34 @@ def run(settings: Settings, start: StartSettings | None = None, *, load: Callabl
             disks.open_first(catalogue.wanted(settings))
         captive = start.run is not None
         listeners = open_listeners(settings.listen, caller.sockets, settings.tls, captive=captive, undo=undo)
-        tls = open_tls(settings.tls, [listener.tls for listener in listeners])
-        monitors = listen_for_monitoring(settings.metrics, one_of_role(caller.sockets, "metrics"), undo)
-        parts = _Parts(exports, disks, catalogue, clusters, administrators, listeners, tls, monitors)
-        return runner.run(_serve(settings, start, load, parts, caller, signals))
+        parts = _Parts(
+            settings=settings,
+            load=load,
+            command=start.run,
+            caller=caller,
+            signals=signals,
+            exports=exports,
+            disks=disks,
+            catalogue=catalogue,
+            clusters=clusters,
+            administrators=administrators,
+            listeners=listeners,
+            tls=open_tls(settings.tls, [listener.tls for listener in listeners]),
+            monitors=listen_for_monitoring(settings.metrics, one_of_role(caller.sockets, "metrics"), undo),
+        )
+        return runner.run(_serve(parts))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """What was opened before there was a loop."""
+    """What a server is put together from, all of it open before there is a loop."""
 
+    settings: Settings
+    load: Callable[[], Settings] | None
+    command: str | None
+    """The server lives for that alone."""
+    caller: Caller
+    signals: StopSignals
     exports: Exports
     disks: Disks
     catalogue: Catalogue
@@ -86,16 +104,11 @@ class _Parts:
     monitors: list[Listener]
 
 
-async def _serve(
-    settings: Settings,
-    start: StartSettings,
-    load: Callable[[], Settings] | None,
-    parts: _Parts,
-    caller: Caller,
-    signals: StopSignals,
-) -> int:
+async def _serve(parts: _Parts) -> int:
+    """Serve until the end; the exit status."""
+    settings, caller, administrators = parts.settings, parts.caller, parts.administrators
+    exports, disks, listeners = parts.exports, parts.disks, parts.listeners
     stop = asyncio.Event()
-    exports, disks, administrators, listeners = parts.exports, parts.disks, parts.administrators, parts.listeners
     server = Server(exports, listeners, fit(settings.limits), tls=parts.tls)
     jobs = administrators.jobs
     monitoring = Monitoring(parts.monitors, server, disks, parts.clusters, lambda: [job.info() for job in jobs])
@@ -106,8 +119,8 @@ async def _serve(
             server.hurry(_HURRY_SECONDS)
             asyncio.get_running_loop().call_later(_HURRY_SECONDS, administrators.hurry)
 
-    signals.deliver(on_signal)
-    reloader = Reloader(settings, load, parts.catalogue, disks, server, parts.tls, caller.notifier)
+    parts.signals.deliver(on_signal)
+    reloader = Reloader(settings, parts.load, parts.catalogue, disks, server, parts.tls, caller.notifier)
     patience = settings.limits.drain_seconds
     try:
         await administrators.start(disks, exports, stop.set, reloader.reload)
@@ -119,9 +132,9 @@ async def _serve(
                 caller.tell_ready(listener.uri(name) for listener in listeners for name in exports.by_name)
                 caller.notifier.start(lambda: _status(exports))
                 reloader.start()
-                if start.run is not None:
+                if parts.command is not None:
                     name = next(iter(exports.by_name), "")
-                    return await run_command(start.run, variables(listeners[0], name), stop)
+                    return await run_command(parts.command, variables(listeners[0], name), stop)
                 await stop.wait()
                 return 0
         finally:
@@ -134,7 +147,7 @@ async def _serve(
         await server.stop(refuse=settings.server.on_stop == "refuse")
         await monitoring.stop()
         caller.notifier.stopping("saving what was written", within=_SAVE_SECONDS)
-        signals.ignore()
+        parts.signals.ignore()
 
 
 def _status(exports: Exports) -> str:
