@@ -56,7 +56,8 @@ class Peer:
             process, user, group, groups = credentials(sock)
             return cls(number, f"unix:{user}", process=process, user=user, group=group, groups=groups)
         assert isinstance(address, tuple)
-        return cls(number, f"{address[0]}:{address[1]}", host=host_of(address[0]))
+        host, port = address[:2]
+        return cls(number, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host=host_of(host))
 
     def __str__(self) -> str:
         return f"#{self.number} {self.address}"
