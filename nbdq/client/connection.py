@@ -120,11 +120,14 @@ class Connection:
     def take_answer(self, option: int) -> list[Reply]:
         """Every reply up to the final one to an option that the caller has sent."""
         replies: list[Reply] = []
+        total = 0
         while not (replies and replies[-1].is_final):
-            if len(replies) == wire.MAXIMUM_OPTION_REPLIES:
-                raise ProtocolError(f"{wire.option_name(option)}: more than {len(replies)} replies and no end")
+            if len(replies) == wire.MAXIMUM_OPTION_REPLIES or total > wire.MAXIMUM_ANSWER:
+                what = f"{len(replies)} replies of {total} bytes and no end"
+                raise ProtocolError(f"{wire.option_name(option)}: {what} (R-21)")
             header = self.channel.receive(wire.OPTION_REPLY.size)
             kind, length = wire.parse_reply_header(option, header)
+            total += length
             replies.append(Reply(kind, self.channel.receive(length)))
         return replies
 

@@ -21,9 +21,11 @@ from nbdq.nbd.constants import (
     TransmissionFlag,
 )
 
-#: Bytes of one option reply that we take, twice what two strings of the longest kind need; and replies to one option.
+#: Bytes of one option reply that we take, twice what two strings of the longest kind need; replies to one option; and
+#: bytes of all these, or a server could fill a GiB with them.
 MAXIMUM_OPTION_REPLY: Final = 16 << 10
 MAXIMUM_OPTION_REPLIES: Final = 100_000
+MAXIMUM_ANSWER: Final = 32 << 20
 
 HELLO: Final = struct.Struct(">QQH")
 OPTION: Final = struct.Struct(">QII")

@@ -14,7 +14,8 @@ from nbdq.server.listener import Listener
 
 _log = logging.getLogger(__name__)
 
-#: Clients at once; one more is turned away.
+#: Clients at once. For one more, whoever has been waited for longest has to go: a health check must not fail because
+#: somebody holds connections open and says nothing.
 _CLIENTS_MAX = 16
 #: Bytes of a request with all its headers.
 _REQUEST_MAX = 8 << 10
@@ -41,6 +42,7 @@ class HttpServer:
         self._listeners = listeners
         self._pages = pages
         self._tasks: set[asyncio.Task[None]] = set()
+        self._awaited: dict[asyncio.Task[None], None] = {}  # those that wait for their clients, longest first
 
     def start(self) -> None:
         """Answer from now on."""
@@ -59,26 +61,45 @@ class HttpServer:
 
     def _accept(self, sock: socket.socket, address: object) -> bool:
         if len(self._tasks) >= _CLIENTS_MAX:
-            _log.debug("http: a client was turned away: there are %d", _CLIENTS_MAX)
-            sock.close()
-        else:
-            task = self._loop.create_task(self._serve(sock))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if not self._awaited:
+                _log.debug("http: a client was turned away: there are %d", _CLIENTS_MAX)
+                sock.close()
+                return True
+            longest = next(iter(self._awaited))
+            longest.cancel()
+            self._forget(longest)
+        task = self._loop.create_task(self._serve(sock))
+        self._tasks.add(task)
+        self._awaited[task] = None
+        task.add_done_callback(self._forget)
         return True
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._awaited.pop(task, None)
 
     async def _serve(self, sock: socket.socket) -> None:
         try:
             async with asyncio.timeout(_SECONDS):
                 request = await self._receive(sock)
                 if request:
-                    await self._loop.sock_sendall(sock, await self._answer(request))
+                    answer = await self._undisturbed(self._answer(request))
+                    await self._loop.sock_sendall(sock, answer)
         except TimeoutError:
             _log.debug("http: a client was given up after %.0f s", _SECONDS)
         except OSError:
             pass  # it has gone
         finally:
             sock.close()
+
+    async def _undisturbed(self, answer: Awaitable[bytes]) -> bytes:
+        """What threads may be busy with is not given up: there would be no bound to how much of that there is."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._awaited.pop(task, None)
+        result = await answer
+        self._awaited[task] = None
+        return result
 
     async def _receive(self, sock: socket.socket) -> bytes:
         """A request with its headers; without their end if it is too long, or nothing if the client left."""

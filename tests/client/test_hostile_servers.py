@@ -1,6 +1,7 @@
 """Our client and servers that lie, drip, flood or fall silent: one line of error, soon, and bounded memory (R-21)."""
 
 import contextlib
+import resource
 import socket
 import ssl
 import struct
@@ -107,16 +108,20 @@ def test_a_list_that_breaks_the_protocol_is_refused(answer: bytes) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_list_without_end_ends() -> None:
-    many = reply(3, SERVER, struct.pack(">I", 1) + b"x") * 10_000
+@pytest.mark.parametrize("length", [1, 4000])
+def test_a_list_without_end_ends(length: int) -> None:
+    """Before it fills the memory, too (R-21)."""
+    many = reply(3, SERVER, struct.pack(">I", length) + b"x" * length) * (10_000 // length + 1)
 
     def flood(connected: socket.socket) -> None:
         connected.sendall(HELLO)
         while True:
             connected.sendall(many)
 
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with serving(flood) as uri, connect(uri, timeout=60) as connection, pytest.raises(ProtocolError, match="no end"):
         connection.list()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 << 10
 
 
 def test_a_server_that_drips_its_answer_does_not_hold_us_up_for_longer_than_the_timeout() -> None:

@@ -358,21 +358,20 @@ def test_what_is_no_request_costs_its_connection(
     assert "Traceback" not in server.stderr
 
 
-def test_too_many_who_say_nothing_keep_nobody_from_the_disk_and_leave_room_again(lasting: tuple[Server, str]) -> None:
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nX-Slow: "])
+def test_those_who_do_not_go_on_keep_nobody_from_the_disk_or_from_monitoring(
+    lasting: tuple[Server, str], said: bytes
+) -> None:
     server, web = lasting
-    silent = []
-    for _ in range(40):
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(web)
-        silent.append(sock)
-    with Client(str(server.socket)).go("disk") as client:
-        client.read(0, 512)
-    for sock in silent:
-        sock.close()
-    deadline = time.monotonic() + PATIENCE
-    while not ask(web, b"GET /healthz HTTP/1.1\r\n\r\n"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    with ExitStack() as held:
+        for _ in range(40):
+            sock = held.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(web)
+            sock.sendall(said)
+        with Client(str(server.socket)).go("disk") as client:
+            client.read(0, 512)
+        for _ in range(20):
+            assert get(web, "/healthz") == (200, "ok\n")
 
 
 @pytest.mark.parametrize("reads", [False, True])
