@@ -111,14 +111,14 @@ def network_of(text: str) -> Network:
 
 def _user(word: str | int) -> int:
     try:
-        return int(word) if isinstance(word, int) or word.isdigit() else pwd.getpwnam(word).pw_uid
+        return int(word) if isinstance(word, int) or word.isdecimal() else pwd.getpwnam(word).pw_uid
     except KeyError:
         raise ExportError(f"there is no user {printable(str(word))!r}") from None
 
 
 def _group(word: str | int) -> int:
     try:
-        return int(word) if isinstance(word, int) or word.isdigit() else grp.getgrnam(word).gr_gid
+        return int(word) if isinstance(word, int) or word.isdecimal() else grp.getgrnam(word).gr_gid
     except KeyError:
         raise ExportError(f"there is no group {printable(str(word))!r}") from None
 

@@ -53,6 +53,7 @@ def test_what_makes_no_sense_changes_nothing(disk: Path) -> None:
             ({"networks": ["10.0.0.1/8"]}, "is not a network"),
             ({"users": []}, "the list is empty"),
             ({"users": ["no-such-user"]}, "there is no user"),
+            ({"users": ["²"]}, "there is no user"),
             ({"user": [0]}, "unexpected"),
         ):
             assert text in server.refusal("x-nbdq-export-set", id="disk", access=access, **change)
