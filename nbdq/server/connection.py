@@ -109,7 +109,18 @@ class Connection:
         if self._session is not None:
             self._session.resize(size)
 
+    def _guard(self, callback: Callable[[], None]) -> None:
+        """Run a callback of the loop; a bug in it ends this connection, and leaves nothing hanging (R-10)."""
+        try:
+            callback()
+        except Exception:
+            self._log.exception("the connection ends for a bug")
+            self._close(Ending(Cause.BUG, "internal error"))
+
     def _on_readable(self) -> None:
+        self._guard(self._receive_all)
+
+    def _receive_all(self) -> None:
         # uvloop tells of a broken connection only once, perhaps together with its last bytes; if these need no answer,
         # whose sending would fail, we have to look again.
         while not self._receive() and not self._closed:
@@ -158,7 +169,7 @@ class Connection:
             return
         if not drained:  # a client that does not read its replies is not read either
             loop.remove_reader(descriptor)
-            loop.add_writer(descriptor, self._on_writable)
+            loop.add_writer(descriptor, self._guard, self._on_writable)
         elif self._handshake.starting_tls:
             self._start_tls()
         elif self._handshake.negotiated is not None:

@@ -1,11 +1,13 @@
 """Every command as honest and as broken clients send it: exact errors, and a connection that lives on (P80-P102)."""
 
+import contextlib
 import random
 import struct
 from collections.abc import Iterator
 
 import pytest
 
+from nbdq.server.entrance import Entrance
 from nbdq.server.export import Export
 from tests.server.client import (
     BLOCK_STATUS,
@@ -18,6 +20,7 @@ from tests.server.client import (
     FAST_ZERO,
     FLUSH,
     FUA,
+    LIST,
     NO_HOLE,
     READ,
     REQ_ONE,
@@ -25,6 +28,9 @@ from tests.server.client import (
     WRITE,
     WRITE_ZEROES,
     Client,
+    Disconnected,
+    handshake,
+    option,
     request,
 )
 from tests.server.conftest import CONTENT
@@ -274,6 +280,32 @@ def test_what_follows_a_disconnect_is_ignored(server: LoopServer) -> None:
     client.socket.sendall(client.pack(READ, 0, 512) + request(DISC, 7, 5, 5) + request(READ, 8, 0, 512) + b"garbage")
     assert client.reply().data == CONTENT[:512]
     assert client.is_closed()
+
+
+@pytest.mark.parametrize("call", ["list", "find", "chosen"])
+def test_a_bug_before_the_transmission_costs_the_connection_that_met_it_and_nobody_else(
+    loop: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-10: also behind the deadline of the handshake."""
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with LoopServer(Export.read_only("", MemoryDisk(CONTENT)), loop=loop) as server:
+        other = server.connect().go()
+        assert other.read(0, 512) == CONTENT[:512]
+        with monkeypatch.context() as patched:
+            patched.setattr(Entrance, call, broken)
+            client = server.connect()
+            client.socket.sendall(handshake()[:4] + option(LIST) + handshake()[4:])
+            client.hello()
+            with contextlib.suppress(Disconnected):
+                while True:
+                    client.option_reply()
+            server.wait_for_connections(1)
+        assert other.read(0, 512) == CONTENT[:512]
+        assert "ZeroDivisionError" in server.errors.pop()
+        assert not server.errors
 
 
 def test_a_bug_on_the_data_path_costs_the_connection_that_met_it_and_nobody_else(loop: str) -> None:
