@@ -1,9 +1,11 @@
 """``nbdq wait``: until an export can be used, for scripts that start a server elsewhere."""
 
+import ssl
 import time
 
 import click
 
+from nbdq.cli.client_tls import tls_of
 from nbdq.client.connection import connect
 from nbdq.errors import ExportError, NbdqError, in_words, printable
 from nbdq.nbd.uri import Uri, parse_uri
@@ -31,18 +33,19 @@ def wait_command(uri: str, timeout: float) -> None:
     nothing then; else, when the time is over, why the last attempt failed, with exit status 1.
     """
     place = parse_uri(uri)
+    tls = tls_of(place)
     deadline = time.monotonic() + timeout
-    while (reason := _reason_against(place, deadline - time.monotonic())) is not None:
+    while (reason := _reason_against(place, tls, deadline - time.monotonic())) is not None:
         left = deadline - time.monotonic()
         if left <= 0:
             raise ExportError(f"{printable(uri)}: cannot be used, after {timeout:g} s: {reason}")
         time.sleep(min(left, _PAUSE_SECONDS))
 
 
-def _reason_against(place: Uri, seconds: float) -> str | None:
+def _reason_against(place: Uri, tls: ssl.SSLContext | None, seconds: float) -> str | None:
     """Why the export cannot be used now; None if it can."""
     try:
-        with connect(place, timeout=max(seconds, _ANSWER_SECONDS)) as connection:
+        with connect(place, timeout=max(seconds, _ANSWER_SECONDS), tls=tls) as connection:
             connection.info(place.export)
             connection.abort()
     except (NbdqError, OSError) as error:

@@ -75,3 +75,9 @@ def test_what_is_no_uri_is_refused_at_once() -> None:
     done = wait("--timeout", "1000", "/a/path")
     assert done.returncode == 1
     assert "is not the URI of an NBD export" in done.stderr
+
+
+def test_a_key_or_certificate_that_cannot_be_used_is_not_waited_for(directory: Path) -> None:
+    for query in ("tls-psk-file=none", f"tls-certificates={directory}/none"):
+        done = wait("--timeout", "1000", f"nbds://me@localhost:1/?{query}")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)

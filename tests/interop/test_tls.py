@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.support.cli import nbdq
 from tests.support.images import Layer, Variant, build
 from tests.support.pki import Authority, Pki
 from tests.support.serving import PATIENCE, Server, refusal, serve
@@ -278,6 +279,7 @@ def test_clients_are_let_in_for_the_key_that_they_know(keys: Path, image: tuple[
         credentials = f"tls-creds-psk,id=tls,endpoint=client,dir={keys},username=bob"
         options = f"driver=nbd,host=localhost,port={port},export=disk,tls-creds=tls"
         run("qemu-img", "info", "--object", credentials, "--image-opts", options)
+        nbdq("wait", f"nbds://bob@localhost:{port}/disk?tls-psk-file={path}")
         for name in ("alice", "mallory"):
             wrong = tmp_path / "wrong"
             wrong.write_text(f"{name}:00112233445566778899aabbccddeeff\n")

@@ -2,18 +2,15 @@
 
 import os
 import ssl
-import sys
 
+from nbdq.cli.client_tls import psk_context
 from nbdq.cli.qemu_nbd.arguments import Arguments
-from nbdq.cli.qemu_nbd.objects import Credentials
 from nbdq.cli.qemu_nbd.places import port_number
 from nbdq.client.connection import Connection, connect
 from nbdq.client.wire import ExportDetails, OptionFailed, option_name
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import OptionReply, TransmissionFlag
 from nbdq.nbd.uri import Uri
-from nbdq.server.psk import PresharedKeys
-from nbdq.server.tls import PSK_CIPHERS
 
 _TIMEOUT_SECONDS = 30.0
 
@@ -56,7 +53,9 @@ def print_exports(arguments: Arguments) -> None:
     """
     uri = _uri(arguments)
     credentials = arguments.credentials
-    context = _psk_context(credentials) if credentials is not None and credentials.psk else None
+    context = None
+    if credentials is not None and credentials.psk:
+        context = psk_context(os.path.join(credentials.directory, "keys.psk"), credentials.user)
     try:
         _print_exports(uri, context)
     except OptionFailed as error:
@@ -116,20 +115,6 @@ def _print_details(connection: Connection, name: str) -> None:
         print(f"  available meta contexts: {len(contexts)}")
         for context in contexts:
             print(f"   {printable(context, 4096)}")
-
-
-def _psk_context(credentials: Credentials) -> ssl.SSLContext:
-    """TLS with a pre-shared key in place of certificates (P65)."""
-    if sys.version_info < (3, 13) or not ssl.HAS_PSK:
-        raise ExportError("Failed to get TLS creds: pre-shared keys need Python 3.13 with a TLS library that has them")
-    key = PresharedKeys.load(os.path.join(credentials.directory, "keys.psk")).key_of(credentials.user)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # who knows the key is the server
-    context.set_ciphers(PSK_CIPHERS)
-    context.set_psk_client_callback(lambda hint: (credentials.user, key))
-    return context
 
 
 def _uri(arguments: Arguments) -> Uri:
