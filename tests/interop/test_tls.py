@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.cli import nbdq
+from tests.support.cli import nbdq, run_nbdq
 from tests.support.images import Layer, Variant, build
 from tests.support.pki import Authority, Pki
 from tests.support.serving import PATIENCE, Server, refusal, serve
@@ -285,6 +285,18 @@ def test_clients_are_let_in_for_the_key_that_they_know(keys: Path, image: tuple[
             wrong.write_text(f"{name}:00112233445566778899aabbccddeeff\n")
             uri = f"nbds://{name}@localhost:{port}/disk?tls-psk-file={wrong}"
             assert execute("nbdinfo", uri).returncode != 0
+
+
+@needs_psk
+@requires("psktool")
+def test_a_server_that_knows_no_key_cannot_show_a_certificate_in_place_of_it(
+    keys: Path, pki: Pki, image: tuple[Path, Path]
+) -> None:
+    """TLS 1.3 lets it; it could be anybody between us and the server."""
+    with serve_tcp("-r", "-x", "disk", "--tls-creds", pki.server, "--no-tls-verify-peer", image[0]) as server:
+        port = place_of(server, keys).port
+        uri = f"nbds://alice@localhost:{port}/disk?tls-psk-file={keys / 'keys.psk'}"
+        assert run_nbdq("wait", "--timeout", "0", uri).exit_code != 0
 
 
 @pytest.mark.skipif(getattr(ssl, "HAS_PSK", False), reason="this Python has pre-shared keys")
