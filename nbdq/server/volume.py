@@ -195,10 +195,6 @@ class Volume:
         async with self.steady():
             return self.offer(await in_thread(self.make, wish))
 
-    def open_first(self, wish: Wish) -> Export:
-        """:meth:`add` before the server runs, when nobody waits."""
-        return self.offer(self.make(wish))
-
     def offer(self, shown: Shown) -> Export:
         """Let clients in to an export that :meth:`make` has made; the disk may have changed in between.
 

@@ -107,7 +107,7 @@ def bench(loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     perform = Performer.change
     with Served(tmp_path / "top") as served:
         volume = Volume("disk", served.chain, Exports())
-        export = volume.open_first(Wish("disk", "disk", writable=True))
+        export = volume.offer(volume.make(Wish("disk", "disk", writable=True)))
         with LoopServer(export, loop=loop) as server:
             made = Bench(tmp_path, served, server, volume, export)
             monkeypatch.setattr(Performer, "change", lambda *arguments: made.change(perform, *arguments))

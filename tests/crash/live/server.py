@@ -66,7 +66,7 @@ class Server:
             for disk in disks:
                 volume = Volume(disk.name, self._open(directory, disk, state=state), self.exports)
                 self.volumes[disk.name] = volume
-                volume.open_first(Wish(disk.name, disk.name, writable=True))
+                volume.offer(volume.make(Wish(disk.name, disk.name, writable=True)))
         except BaseException:
             self.kill()
             raise
