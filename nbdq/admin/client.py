@@ -133,6 +133,8 @@ class Client:
             if not data or len(self._buffer) > _LINE_MAX:
                 raise AdminError(f"{printable(self.path)}: the server has closed the connection")
             self._buffer += data
+            if not self._buffer.startswith(b"{"):  # an NBD server, say, which ends no line
+                raise AdminError(f"{printable(self.path)}: not an admin socket")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:

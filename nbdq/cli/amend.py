@@ -44,7 +44,7 @@ _SETTLED_HERE = ("size", "backing_file", "backing_fmt")
 _FIELDS = {"compat": "version", "data_file": "data_file_name"}
 #: What ``-o`` takes.
 OPTIONS = {
-    "backing_file": Option("str", str, "The image below: the disk stays what it is, as with nbdq rebase"),
+    "backing_file": Option("str", str, "The image below: the disk stays what it is, as with qemu-img rebase"),
     "backing_fmt": Option("str", one_of({"qcow2": "qcow2", "raw": "raw"}), "Format of the image below"),
     "compat": Option("str", one_of(VERSIONS), "QCOW2 version: 0.10 (v2) or 1.1 (v3)"),
     "data_file": Option("str", str, "Another name of the file for the guest's data"),

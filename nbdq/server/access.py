@@ -74,8 +74,12 @@ class Access:
         if not (self.networks or self.users or self.groups):
             return ""
         if peer.host is not None:
+            if not self.networks:
+                return "it comes over TCP, and only clients on unix sockets are let in"
             near = any(peer.host in network for network in self.networks)
             return "" if near else f"its address is in none of the networks {_listed(self.networks)}"
+        if not (self.users or self.groups):
+            return "it is on a unix socket, and only clients of certain networks are let in"
         if peer.user in self.users or not peer.groups.isdisjoint(self.groups):
             return ""
         return f"user {peer.user} is neither on the list of users nor in one of the groups"

@@ -194,6 +194,9 @@ def test_a_command_that_nobody_knows_and_a_missing_socket_are_misuse(ctl: Ctl, t
     missing = run_nbdq("ctl", "-s", tmp_path / "nothing", "status")
     assert missing.exit_code == 1
     assert "cannot connect" in missing.stderr
+    clients = ctl.server.server.socket
+    wrong = run_nbdq("ctl", "-s", clients, "status")
+    assert (wrong.exit_code, wrong.stderr) == (1, f"nbdq: {clients}: not an admin socket\n")
 
 
 def test_events_are_watched_as_they_come(ctl: Ctl) -> None:

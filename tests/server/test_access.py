@@ -84,6 +84,12 @@ def test_a_demand_on_one_kind_of_client_keeps_the_other_out(access: Access, peer
     assert admits(access, peer) is admitted
 
 
+def test_an_objection_is_about_what_was_demanded() -> None:
+    """It is what the log says, and an operator who never named a user must not look for one."""
+    assert "only clients of certain networks" in Access.of(networks=["127.0.0.0/8"]).objection(local(0))
+    assert "only clients on unix sockets" in Access.of(users=[0]).objection(remote("127.0.0.1"))
+
+
 @pytest.mark.parametrize(
     ("patterns", "peer", "admitted"),
     [
