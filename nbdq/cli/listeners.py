@@ -31,7 +31,7 @@ def open_listeners(
     given = [one for one in inherited if one.role in ("nbd", "nbd-tls")]
     if given and places:
         raise click.UsageError(
-            "clients connect to the sockets of socket activation; leave out --socket, --bind, --port"
+            "clients connect to the sockets of socket activation; leave out --socket, --bind, --port and [[listen]]"
         )
     listeners = [Listener(one.socket, tls=tls.mode_of("require" if one.role == "nbd-tls" else None)) for one in given]
     if not given and not places:
