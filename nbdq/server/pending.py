@@ -78,6 +78,11 @@ class Pending:
         """Whether nothing touches the device: a long change between two pieces does not, while the export is held."""
         return self.in_progress == len(self._long)
 
+    @property
+    def is_only_long(self) -> bool:
+        """Whether there is nothing but long changes, which may take minutes yet."""
+        return self.in_progress == len(self._long) + self._in_piece
+
     # Memory.
 
     def reserve_payload(self, length: int) -> bool:

@@ -280,7 +280,9 @@ class Session:
             return
         if not self._backlog and not self._output:
             if self._stopping:
-                if not self._pending.in_progress:
+                # Who left without a word may come back and write, and must not have that zeroed by a long change.
+                is_gone = self._stopping.cause is Cause.CLOSED
+                if not self._pending.in_progress or (is_gone and self._pending.is_only_long):
                     self._end(self._stopping)
                 return
             if not self._held and self._memory.provide():

@@ -246,15 +246,20 @@ def test_what_a_disk_has_lost_meanwhile_is_left_out(server: LoopServer, disk: Hu
     assert sum(length for _, _, length in disk.changes) == 100 * GIB
 
 
-def test_nobody_finishes_what_a_client_had_begun_that_is_cut(
-    server: LoopServer, disk: HugeDisk, export: Export
+@pytest.mark.parametrize("is_cut", [True, False], ids=["cut", "vanished"])
+def test_nobody_finishes_what_a_client_had_begun_that_is_gone(
+    server: LoopServer, disk: HugeDisk, export: Export, is_cut: bool
 ) -> None:
-    """As at the end of the time that a server has to stop."""
+    """R-72: as at the end of the time that a server has to stop; and whoever comes back after a crash must not have
+    what he writes then zeroed by what he had asked for before."""
     disk.hold()
     client = begin(server)
     client.send(TRIM, 0, SIZE)
     server.wait_for(lambda: server.waiting_for_pool == 1, "the request")
-    server.call(lambda: export.cut(at_once=True))
+    if is_cut:
+        server.call(lambda: export.cut(at_once=True))
+    else:
+        client.socket.close()
     server.wait_for_connections(0)
     disk.allowed.release(1000)
     server.wait_until_idle()
