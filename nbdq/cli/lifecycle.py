@@ -152,7 +152,9 @@ def _write_whole(path: str, text: str) -> bool:
             file.write(text)
         return False
     beside = f"{path}.{os.getpid()}"
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+    with suppress(FileNotFoundError):
+        os.unlink(beside)  # it would be its owner's still, who could have the operator stop another process
+    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         with open(descriptor, "w") as file:
             file.write(text)
