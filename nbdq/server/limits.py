@@ -59,7 +59,9 @@ class Limits:
         32 << 20, "memory for replies and payloads of one connection; a single larger request runs alone", least=1
     )
     process_bytes: int = _limit(256 << 20, "the same for all connections together", least=1)
-    status_extents: int = _limit(64 << 10, "extents of one block status reply, where the protocol allows 2^20", least=1)
+    status_extents: int = _limit(
+        64 << 10, "extents of one block status reply, where the protocol allows 2^20", least=1, most=1 << 20
+    )
     status_seconds: float = _limit(
         0.05, "work for one block status reply; then it tells of less than was asked for, as the protocol allows"
     )
@@ -85,12 +87,12 @@ class Limits:
     def __post_init__(self) -> None:
         """
         Raises:
-            ExportError: a limit is less than makes sense, or more than the kernel takes.
+            ExportError: a limit is less than makes sense, or more than the protocol or the kernel takes.
         """
         for limit in fields(self):
             value, least, most = getattr(self, limit.name), limit.metadata["least"], limit.metadata["most"]
             if not isfinite(value):
                 raise ExportError(f"limit {limit.name.replace('_', '-')}: {value} is not a number")
             if not least <= value <= most:
-                bound = f"less than {least:g}" if value < least else f"more than {most:g}"
-                raise ExportError(f"limit {limit.name.replace('_', '-')}: {value:g} is {bound}")
+                bound = f"less than {least:.10g}" if value < least else f"more than {most:.10g}"
+                raise ExportError(f"limit {limit.name.replace('_', '-')}: {value:.10g} is {bound}")

@@ -46,6 +46,7 @@ def test_help_and_documentation_know_every_limit() -> None:
         (["--limit", "process-bytes=much"], "limit process-bytes: 'much' is not a size"),
         (["--limit", "workers=0"], "limit workers: 0 is less than 1"),
         (["--limit", "keepalive-probes=1000"], "limit keepalive-probes: 1000 is more than 127"),
+        (["--limit", "status-extents=1048577"], "limit status-extents: 1048577 is more than 1048576"),
         (["--limit", "drain-seconds=-1"], "limit drain-seconds: -1 is less than 0"),
         (["--limit", "drain-seconds=nan"], "limit drain-seconds: nan is not a number"),
         (["--limit", "connections"], "limit connections: '' is not a number"),
