@@ -167,9 +167,7 @@ def test_a_check_of_options_finds_what_a_start_would_refuse(image: Path) -> None
     result = run_nbdq("serve", image, image, "--check-config")
     assert result.exit_code == 1
     assert result.stderr == "nbdq: two exports are named 'disk'; give each a name of its own\n"
-    for words, complaint in (
-        (("--metrics", "host:x", image), "--metrics: 'host:x' is neither ADDRESS:PORT"),
-    ):
+    for words, complaint in ((("--metrics", "host:x", image), "--metrics: 'host:x' is neither ADDRESS:PORT"),):
         result = run_nbdq("serve", *words)
         assert result.exit_code == 2
         assert complaint in result.stderr
@@ -254,12 +252,21 @@ def _sections() -> dict[str, Any]:
     return found
 
 
+def _documented(text: str) -> dict[str, str]:
+    """Key → default, from the tables in ``text``."""
+    return dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", text, re.M))
+
+
 @pytest.mark.parametrize("section", sorted(set(_sections()) - {"limits"}))
 def test_every_key_is_documented_with_its_default(section: str) -> None:
     kind = _sections()[section]
     heading = re.search(rf"^## `\[+{section}\]+`.*?(?=^## |\Z)", DOCS.read_text(), re.M | re.S)
     assert heading, f"section {section} is not documented"
-    documented = dict(re.findall(r"^\| `([a-z0-9-]+)` \| (.*?) \|", heading[0], re.M))
+    documented = _documented(heading[0])
+    if section == "export-directory":
+        shared = re.search(r"These keys a directory of exports.*?\n\n.*?\n\n", DOCS.read_text(), re.S)
+        assert shared
+        documented |= _documented(shared[0])
     for key, (field, _) in keys_of(kind).items():
         assert key in documented, f"[{section}] {key} is not documented"
         default = field.default
