@@ -148,6 +148,25 @@ def test_what_memory_answers_is_what_a_read_returns(random_disks: Callable[..., 
     assert answered > 100
 
 
+def test_what_is_known_to_read_as_zeros_is_what_the_layers_say_over_any_number_of_windows(
+    random_disks: Callable[..., Iterator],
+) -> None:
+    """Without waiting it may not be known, but never is it wrong."""
+    zeros = {Kind.UNALLOCATED, Kind.UNALLOCATED_OFFSET, Kind.ZERO, Kind.ZERO_OFFSET, Kind.HOLE}
+    found = {True: 0, False: 0}
+    for chance, disk, model in random_disks("zeros"):
+        for offset, length in ranges(chance, disk.size, 24, unit=SECTOR):
+            sectors = model.sectors[offset // SECTOR : (offset + length) // SECTOR]
+            expected = all(sector.kind in zeros for sector in sectors)
+            for _ in range(2):
+                assert disk.reads_zero_cached(offset, length) in (False, expected), (offset, length)
+                assert disk.reads_zero(offset, length) == expected, (offset, length)
+                with suppress(OSError):  # every window is built
+                    disk.read_into(offset, memoryview(bytearray(length)))
+            found[expected] += 1
+    assert min(found.values()) > 50
+
+
 def simple_disk(kinds: list[Kind], *, file_size: int | None = None, **layer: bool) -> TableImage:
     """One layer of clusters of 4 KiB; each has the host offset or the descriptor of its number."""
     hosts = np.arange(len(kinds), dtype=np.uint64)

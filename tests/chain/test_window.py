@@ -78,11 +78,12 @@ def test_changes_stay_within_the_part(disk: RawDisk) -> None:
     window.write(0, memoryview(b"a" * 512))
     window.write(LENGTH - 512, memoryview(b"b" * 512))
     window.zero(1024, 512, unmap=True)
+    window.discard(8192, 4096)
     window.flush()
     after = bytes_of(disk)
-    changed = before[START + 512 : START + 1024]
-    rest = before[START + 1536 : START + LENGTH - 512]
-    part = b"a" * 512 + changed + bytes(512) + rest + b"b" * 512
+    part = bytearray(before[START : START + LENGTH])
+    part[:512], part[-512:] = b"a" * 512, b"b" * 512
+    part[1024:1536], part[8192:12288] = bytes(512), bytes(4096)
     assert after == before[:START] + part + before[START + LENGTH :]
 
 

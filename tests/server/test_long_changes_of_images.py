@@ -156,14 +156,19 @@ def test_a_commit_below_takes_nothing_of_it_along_and_a_bitmap_has_all_of_it(ben
     assert [number for number in range(SIZE >> 16) if bits.packed[number >> 3] >> (number & 7) & 1] == list(granules)
 
 
-def test_what_a_smaller_disk_has_lost_is_left_out_and_does_not_come_back_when_it_grows(bench: Bench) -> None:
-    bench.client.send(WRITE_ZEROES, 0, 7 * M)
-    bench.let(1)
-    bench.within(lambda: bench.volume.resize(5 * M + 512, shrink=True))
-    bench.server.wait(lambda: bench.volume.resize(SIZE))
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("smaller", [5 * M + 512, M + 512], ids=["ahead", "behind"])
+def test_what_a_smaller_disk_has_lost_is_left_out_and_does_not_come_back_when_it_grows(
+    bench: Bench, smaller: int, grows: bool
+) -> None:
+    bench.client.send(WRITE_ZEROES, 512, 7 * M)
+    bench.let(2)
+    bench.within(lambda: bench.volume.resize(smaller, shrink=True))
+    if grows:
+        bench.server.wait(lambda: bench.volume.resize(SIZE))
     assert bench.end() == 0
-    assert bench.served.read() == bytes(SIZE), "what is new is zero, whether it was asked for or not"
-    assert all(start + length <= 7 * M for start, length in bench.pieces)
+    assert bench.served.read() == OLD[:512] + bytes((SIZE if grows else smaller) - 512)
+    assert all(length > 0 and start + length <= 7 * M + 512 for start, length in bench.pieces)
 
 
 def test_a_client_that_is_cut_leaves_the_rest_as_it_was(bench: Bench) -> None:

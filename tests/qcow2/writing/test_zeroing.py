@@ -69,6 +69,27 @@ def test_where_the_base_holds_nothing_no_table_is_made(tmp_path: Path) -> None:
         assert engine.read(0, 64 * K) == bytes(64 * K)
 
 
+def test_what_is_asked_of_the_base_grows_with_what_is_there_and_not_with_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    below = base(tmp_path, 1 * T, (0, 4 * K), (T // 2, 4 * K), (T - 4 * K, 4 * K))
+    with Engine(make_image(tmp_path / "top.qcow2", 1 * T), below=below) as engine:
+        assert engine.below is not None
+        for number in range(64):
+            engine.write(number * (T // 64) + M, 512)
+        asked, reads_zero = 0, engine.below.reads_zero
+
+        def count(offset: int, length: int) -> bool:
+            nonlocal asked
+            asked += 1
+            return reads_zero(offset, length)
+
+        monkeypatch.setattr(engine.below, "reads_zero", count)
+        engine.disk.discard(0, 1 * T)
+        assert asked < 400, "of 2048 tables 65 are looked at, and the way to each island"
+        assert len(engine.image.mapping.present(0, 2048)) <= 66
+
+
 @pytest.mark.parametrize("requests", [8, 1])
 def test_zeroing_a_large_disk_over_a_base_flushes_on_its_way(
     requests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
