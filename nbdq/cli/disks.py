@@ -229,7 +229,8 @@ class Disks:
                 except (NbdqError, OSError) as error:
                     if each.is_required:
                         raise (each.failed(error) if each.where else error) from None
-                    complaints[each.settings.image] = in_words(error)
+                    if os.path.lexists(each.settings.image):  # else it has gone since the directory was looked at
+                        complaints[each.settings.image] = in_words(error)
                     change.close_unused()
         except BaseException:
             change.abandon()

@@ -136,12 +136,15 @@ def test_a_directory_that_cannot_be_read_for_a_while_loses_no_export(
     server: Configured, directory: Path, tmp_path: Path
 ) -> None:
     shows(server, "one.qcow2", "two.qcow2")
+    (directory / "broken.qcow2").write_bytes(b"no image" * 100)
+    eventually(lambda: "broken.qcow2" in server.server.stderr, "nothing is said")
     directory.rename(tmp_path / "elsewhere")
     eventually(lambda: "export directory" in server.server.stderr, "nothing is said")
     shows(server, "one.qcow2", "two.qcow2")
     (tmp_path / "elsewhere").rename(directory)
     image(directory, "new.qcow2")
     shows(server, "one.qcow2", "two.qcow2", "new.qcow2")
+    assert "is missing" not in server.server.stderr  # what could not be opened before is not asked for
 
 
 @requires("qemu-img", "nbdinfo", "qemu-io")
