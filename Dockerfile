@@ -1,4 +1,5 @@
-# nbdq as a container: docker build -t nbdq . && docker run --rm -p 10809:10809 -v /srv/images:/images:ro nbdq disk.qcow2
+# nbdq as a container: docker build -t nbdq . && docker run --rm -p 10809:10809 -v /srv/images:/images:ro nbdq -r disk.qcow2
+# Whoever reaches the port reads the disk; docs/tls.md keeps others out.
 
 FROM python:3.11-slim AS build
 COPY . /source
@@ -13,7 +14,7 @@ LABEL org.opencontainers.image.title="nbdq" \
 RUN python -m pip uninstall --quiet --yes --root-user-action=ignore setuptools wheel pip
 COPY --from=build /opt/nbdq /opt/nbdq
 ENV PATH=/opt/nbdq/bin:$PATH PYTHONDONTWRITEBYTECODE=1
-# Images must be readable by this user; nothing is ever written.
+# Images must be readable by this user, and writable unless they are served with -r.
 USER 65532:65532
 WORKDIR /images
 VOLUME /images
