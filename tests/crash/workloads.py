@@ -37,6 +37,12 @@ class Layer:
     """Whoever used it last was killed and left refcounts that are wrong."""
     bitmap: bool = False
     """It has a persistent bitmap, enabled."""
+    share: float = 1.0
+    """How large it is, of the disk."""
+
+    def sectors_of(self, workload: "Workload") -> int:
+        """How many it has."""
+        return int(workload.size * self.share) // SECTOR
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def prepare(workload: Workload, directory: Path) -> Prepared:
         options = [*(["-o", layer.options] if layer.options else [])]
         if below:
             options += ["-b", below, "-F", workload.layers[depth - 1].format]
-        command = ["qemu-img", "create", "-q", "-f", layer.format, *options, name, str(workload.size)]
+        command = ["qemu-img", "create", "-q", "-f", layer.format, *options, name]
+        command.append(str(layer.sectors_of(workload) * SECTOR))
         run(*command, cwd=directory)
         _fill(layer, name, depth, workload, directory)
         below = name
@@ -124,8 +131,8 @@ def _flat(directory: Path, *options: str) -> Values:
 def _fill(layer: Layer, name: str, depth: int, workload: Workload, directory: Path) -> None:
     generator = random.Random(depth)
     piece = 64 if layer.compressed or workload.size < 1 << 20 else 256
-    sectors = workload.size // SECTOR
-    starts = sorted(generator.sample(range(0, sectors, piece), int(layer.filled * sectors / piece)))
+    sectors = layer.sectors_of(workload)
+    starts = sorted(generator.sample(range(0, sectors - piece + 1, piece), int(layer.filled * sectors / piece)))
     _write(starts, piece, depth + 1, layer, name, directory)
     if layer.snapshot:
         run("qemu-img", "snapshot", "-q", "-c", SNAPSHOT, name, cwd=directory)
@@ -155,6 +162,7 @@ def _write(starts: Sequence[int], sector_count: int, number: int, layer: Layer, 
 
 _SMALL = Habits(largest=16, aligned_to=8)
 _TRIMMING = Habits(write=45, zero=12, zero_mapped=6, discard=25, flush=12, largest=48, aligned_to=8, hot=0.4)
+_ZEROING = Habits(write=30, zero=22, zero_mapped=14, discard=22, largest=700, aligned_to=64)
 _RUDE = Habits(write=40, zero=4, zero_mapped=4, discard=24, flush=28, largest=16, aligned_to=8, rude=0.9)
 _BUSY = Habits(largest=24, aligned_to=8, hot=0.3)
 _POPULATING = Habits(write=35, discard=6, populate=30, largest=64, aligned_to=8)
@@ -171,6 +179,17 @@ WORKLOADS = (
     ),
     Workload("trimming", (Layer(filled=0.8),), _TRIMMING, requests=200),
     Workload("trimming over a base", (Layer(filled=0.7), Layer(filled=0.5)), _TRIMMING, requests=160),
+    Workload(
+        "zeroing many tables over a shorter base",
+        (Layer("cluster_size=1k", filled=0.4, share=0.6), Layer("cluster_size=512", filled=0.2, snapshot=True)),
+        _ZEROING,
+    ),
+    Workload(
+        "zeroing many tables over a longer base, crowded",
+        (Layer(filled=0.3, share=1.3), Layer("cluster_size=512,refcount_bits=64", filled=0.2)),
+        _ZEROING,
+        crowded=True,
+    ),
     Workload("a full medium", habits=_TRIMMING, requests=160, room=120 * KIB),
     Workload(
         "a full medium, tiny clusters",
