@@ -154,7 +154,9 @@ class Connection:
             return True
         self._send(replies)
         if self._handshake.has_more:
-            self._resources.loop.call_soon(self._go_on)
+            if self._may_go_on and not self._closed:  # many may ask for long lists at once
+                self._resources.loop.remove_reader(self._socket.fileno())
+                self._resources.turns.wait(self._take_turn)
             return True
         return bool(replies) and not self._may_go_on
 
@@ -220,6 +222,11 @@ class Connection:
         identity = self._peer.identity
         who = "anybody" if identity is None else printable(identity.subject or ", ".join(identity.names))
         self._log.info("%s, the client is %s", self._socket.describe(), who, fields={"event": "tls", "identity": who})
+
+    def _take_turn(self) -> None:
+        if not self._closed:
+            self._resources.loop.add_reader(self._socket.fileno(), self._on_readable)
+            self._on_readable()
 
     def _go_on(self) -> None:
         if self._may_go_on and not self._closed:

@@ -11,6 +11,7 @@ from nbdq.errors import printable
 from nbdq.nbd.constants import OptionReply
 from nbdq.nbd.exports import ExportInfo, Negotiated
 from nbdq.nbd.messages import OptionRefused
+from nbdq.server.access import Access
 from nbdq.server.census import Census, full
 from nbdq.server.export import Export, Exports
 from nbdq.server.peer import Peer
@@ -28,7 +29,15 @@ class Entrance:
 
     def list(self) -> Sequence[ExportInfo]:
         """All that the client may enter, in the operator's order (P32)."""
-        return [export.info for export in self._exports.by_name.values() if not self._objection(export)]
+        verdicts: dict[Access, str] = {}  # thousands of exports have few demands between them
+        listed = []
+        for export in self._exports.by_name.values():
+            verdict = verdicts.get(export.access)
+            if verdict is None:
+                verdict = verdicts[export.access] = self._objection(export)
+            if not verdict:
+                listed.append(export.info)
+        return listed
 
     def find(self, name: str) -> ExportInfo | None:
         """The export of exactly that name (P31).

@@ -9,6 +9,7 @@ from nbdq.server.budget import Budget
 from nbdq.server.census import Census
 from nbdq.server.counters import Visits
 from nbdq.server.limits import ARENA_SIZE, ARENAS_KEPT, Limits
+from nbdq.server.turns import Turns
 
 
 @dataclass
@@ -24,6 +25,10 @@ class Resources:
     """Every session is done with what it received, or has copied it, before the next one receives."""
     visits: Visits = field(default_factory=Visits)
     _arenas: list[bytearray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.turns = Turns(self.loop)
+        """For handshakes that have much to say."""
 
     def borrow_arena(self) -> bytearray:
         """A buffer of ARENA_SIZE, for replies or for a payload of about that length."""
