@@ -86,7 +86,7 @@ _OPTIONS: dict[str, dict[str, Option]] = {
 }
 
 
-@click.command("create")
+@click.command("create", short_help="Make an image, empty or over another one.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing.")
 @click.option(
     "-f", "--format", "format", type=click.Choice(list(_FORMATS)), default="qcow2", show_default=True, help="Of FILE."

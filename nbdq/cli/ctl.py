@@ -108,7 +108,7 @@ def _converted(entry: dict[str, Any], value: str) -> Any:
     return _kind(entry).convert(value, None, None)
 
 
-@click.group("ctl", cls=_Verbs)
+@click.group("ctl", short_help="Administer a running server: snapshots, jobs, exports, bitmaps.", cls=_Verbs)
 @click.option("-s", "--socket", type=click.Path(), help="The admin socket of the server (serve --admin).")
 @click.option("--json", "as_json", is_flag=True, help="Print what the server says, as JSON.")
 @click.pass_context

@@ -14,7 +14,7 @@ from nbdq.probe.run import Result, Verdict, deviations, run, select
 from nbdq.probe.target import Target
 
 
-@click.command("probe")
+@click.command("probe", short_help="Test whether an NBD server keeps the rules of the protocol.")
 @click.option("--write", is_flag=True, help="Test writing, too. Whatever the export contains may be destroyed.")
 @click.option("--slow", is_flag=True, help="Test, too, what a server does only after a minute.")
 @click.option("--only", "items", multiple=True, metavar="ITEM", help="Test the rules with this number or name only.")

@@ -56,8 +56,9 @@ def test_help_lists_every_command_with_what_it_does(option: str) -> None:
     result = run_nbdq(option)
     assert result.exit_code == 0
     listed = result.stdout.partition("Commands:\n")[2].splitlines()
-    assert [line.split()[0] for line in listed] == ["amend", "check", "commit", "create", "ctl", "info", "map", "serve"]
-    assert all(len(line.split()) > 3 for line in listed)
+    names = ["amend", "check", "commit", "create", "ctl", "info", "map", "probe", "serve", "wait"]
+    assert [line.split()[0] for line in listed] == names
+    assert all(len(line.split()) > 3 and not line.endswith("...") for line in listed), "cut off"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,7 +66,8 @@ def test_help_lists_every_command_with_what_it_does(option: str) -> None:
 def test_every_command_explains_itself(command: str, option: str) -> None:
     result = run_nbdq(command, option)
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"Usage: nbdq {command} [OPTIONS] IMAGE")
+    operands = "[IMAGE]..." if command == "serve" else "IMAGE"
+    assert result.stdout.startswith(f"Usage: nbdq {command} [OPTIONS] {operands}\n")
     undocumented = [
         line
         for line, following in zip(result.stdout.splitlines(), [*result.stdout.splitlines()[1:], ""], strict=True)
