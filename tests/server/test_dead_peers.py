@@ -30,6 +30,13 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_tcp_clients_are_served_however_soon_the_kernel_is_to_ask_for_them(seconds: float) -> None:
+    limits = Limits(keepalive_seconds=seconds, user_timeout_seconds=0)
+    with LoopServer(Export.read_only("", ZeroDisk(1 << 20)), limits=limits, tcp=True) as server:
+        server.connect().go()
+
+
 def test_a_tcp_client_whose_window_stays_closed_is_ended_by_the_kernel() -> None:
     limits = Limits(user_timeout_seconds=1, reply_stall_seconds=10 * PATIENCE)
     with LoopServer(Export.read_only("", ZeroDisk(1 << 30)), limits=limits, tcp=True) as server:
