@@ -523,6 +523,14 @@ def test_exports_are_listed_as_qemu_nbd_lists_them(qcow2: Path) -> None:
         assert " export: 'näme'\n  description: some words\n  size:  4194304\n" in listed.stdout
 
 
+@requires("qemu-img")
+def test_names_that_the_terminal_has_no_characters_for_are_escaped(qcow2: Path) -> None:
+    with serve("-t", "-x", "näme", "-r", "-f", "qcow2", qcow2) as server:
+        listed = call("-L", "-k", server.socket, environment={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+        assert (listed.returncode, listed.stderr) == (0, "")
+        assert " export: 'n\\xe4me'\n" in listed.stdout
+
+
 def test_a_server_that_is_not_there_cannot_be_listed(tmp_path: Path) -> None:
     path = tmp_path / "nobody"
     assert refusal("-L", "-k", path) == f"qemu-nbd: Failed to connect to '{path}': No such file or directory\n"

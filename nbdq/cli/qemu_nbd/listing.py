@@ -1,7 +1,9 @@
 """``-L``: what another server offers, in qemu-nbd's words."""
 
+import io
 import os
 import ssl
+import sys
 
 from nbdq.cli.client_tls import psk_context
 from nbdq.cli.qemu_nbd.arguments import Arguments
@@ -51,6 +53,8 @@ def print_exports(arguments: Arguments) -> None:
     Raises:
         ExportError, ProtocolError, OSError: there is no server, or it does not let us in.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a server may say what the terminal has no characters for
     uri = _uri(arguments)
     credentials = arguments.credentials
     context = None
