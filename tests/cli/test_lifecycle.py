@@ -13,11 +13,12 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
+from nbdq.cli import main
 from nbdq.errors import ExportError
 from nbdq.server.activation import inherited_sockets
 from nbdq.server.notify import Notifier
@@ -616,7 +617,7 @@ def test_the_page_about_running_names_options_that_there_are() -> None:
     known = {
         option
         for name in ("serve", "wait")
-        for parameter in getattr(import_module(f"nbdq.cli.{name}"), f"{name}_command").params
+        for parameter in main.get_command(click.Context(main), name).params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     named = set(re.findall(r"`(--[a-z-]+)", page))
