@@ -5,10 +5,12 @@ may wait for a file system, and the making of the text, is left to a thread. No 
 there may be any number of those in the life of a server.
 """
 
+import asyncio
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -31,6 +33,9 @@ from nbdq.storage import SYNC_TIMES
 
 #: The format that every Prometheus reads.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+#: A page that took longer to make is good for so many times as long.
+_LONG_SECONDS, _REST = 0.1, 4
 
 _OPERATIONS = {command: command.name.lower() for command in Command if command is not Command.DISC}
 #: Ends of handshakes that are no failures: clients that listed the exports, or looked whether somebody listens.
@@ -55,10 +60,33 @@ class Metrics:
         self._clusters = clusters
         self._jobs = jobs
         self._version = version
+        self._making: asyncio.Task[bytes] | None = None
         self._process = ProcessCollector(registry=CollectorRegistry())
 
     async def page(self) -> bytes:
-        """All of them as text."""
+        """All of them as text. Who asks while it is being made gets the same; and so, if that took long, does who asks
+        soon after: thousands of exports make it a second's work, and whoever can connect may ask all the time."""
+        if self._making is None:
+            self._making = asyncio.create_task(self._make())
+        return await asyncio.shield(self._making)
+
+    async def _make(self) -> bytes:
+        begun = monotonic()
+        page = b""
+        try:
+            page = await self._collect()
+        finally:
+            seconds = monotonic() - begun
+            if page and seconds > _LONG_SECONDS:
+                asyncio.get_running_loop().call_later(_REST * seconds, self._forget)
+            else:
+                self._forget()
+        return page
+
+    def _forget(self) -> None:
+        self._making = None
+
+    async def _collect(self) -> bytes:
         volumes = list(self._volumes)
         exports = [export for volume in volumes for export in volume.exports]
         families = [

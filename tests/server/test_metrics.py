@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,8 +20,10 @@ from nbdq.cli.metrics import MetricsSettings, listen_for_monitoring
 from nbdq.errors import ExportError
 from nbdq.nbd.ending import Cause
 from nbdq.server import http
+from nbdq.server import metrics as metrics_module
 from nbdq.server.http import HttpServer, Page
 from nbdq.server.listener import listen_unix
+from nbdq.server.metrics import Metrics
 from nbdq.storage import SYNC_TIMES, FileStorage
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import FLUSH, READ, TRIM, Client, handshake, option
@@ -461,3 +464,24 @@ def test_every_reason_of_a_disconnection_is_documented() -> None:
         line for line in (ROOT / "docs/metrics.md").read_text().splitlines() if "`nbdq_disconnects_total`" in line
     ]
     assert {f"`{cause}`" for cause in Cause} <= set(re.findall(r"`[a-z-]+`", row))
+
+
+def test_the_page_is_made_once_for_all_who_ask_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of exports it is a second's work, and whoever can connect may ask all the time."""
+    made = 0
+
+    async def collect(metrics: Metrics) -> bytes:
+        nonlocal made
+        made += 1
+        await asyncio.sleep(0.01)
+        return b"%d" % made
+
+    async def ask_often() -> list[bytes]:
+        metrics = Metrics(cast(Any, None), (), cast(Any, None), list, version="")
+        together = await asyncio.gather(*(metrics.page() for _ in range(10)))
+        return [*together, await metrics.page()]
+
+    monkeypatch.setattr(Metrics, "_collect", collect)
+    assert asyncio.run(ask_often()) == [b"1"] * 10 + [b"2"]
+    monkeypatch.setattr(metrics_module, "_LONG_SECONDS", 0)
+    assert asyncio.run(ask_often()) == [b"3"] * 11
