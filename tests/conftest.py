@@ -1,5 +1,6 @@
 """Rules for the whole suite: a missing tool is named, and the report of a failure shows what the server said."""
 
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -9,6 +10,8 @@ from tests.support.serving import Server
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell has what it puts into the background ignore this; what we start would inherit it, and not be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "requires(*tools): programs that the test runs; see tests/support/tools.py")
 
 
