@@ -10,12 +10,15 @@ from tests.support.serving import Server
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell has what it puts into the background ignore this; what we start would inherit it, and not be interrupted.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "requires(*tools): programs that the test runs; see tests/support/tools.py")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # What a test starts inherits which signals are ignored: from a shell that put us into the background, or from a
+    # command that ran in this process, which at its end lets nothing interrupt it any more.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     tools.enforce(dict.fromkeys(tool for mark in item.iter_markers("requires") for tool in mark.args))
 
 
