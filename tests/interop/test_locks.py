@@ -1,5 +1,6 @@
 """nbdq and QEMU on one image at the same time: who may come in, in both orders (L6-L8, L13, R-44)."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -384,8 +385,13 @@ def test_two_servers_write_to_one_image_never(chain: Path) -> None:
             assert re.fullmatch(r'.*/top: failed to get "write" lock: .*\n', message)
 
 
-def test_one_server_exports_one_image_for_writing_once(chain: Path) -> None:
-    message = refusal("-x", "a", "-x", "b", chain / "top", chain / "top")
-    assert re.fullmatch(r'.*/top: failed to get "write" lock: .*\n', message)
-    with serve("--read-only", "-x", "a", "-x", "b", chain / "top", chain / "top"):
+def test_one_server_opens_one_image_for_writing_once(chain: Path) -> None:
+    """Two exports of it are two names of one disk; another name of the file is another process's, for all we know."""
+    with serve("-x", "a", "-x", "b", chain / "top", chain / "top") as server:
+        run("qemu-io", "-f", "raw", "-c", "write -P 0x7e 0 64k", server.uri("a"))
+        run("qemu-io", "-f", "raw", "-c", "read -P 0x7e 0 64k", server.uri("b"))
+    os.link(chain / "top", chain / "other")
+    message = refusal("-x", "a", "-x", "b", chain / "top", chain / "other")
+    assert re.fullmatch(r'.*/other: failed to get "write" lock: .*\n', message)
+    with serve("--read-only", "-x", "a", "-x", "b", chain / "top", chain / "other"):
         pass
