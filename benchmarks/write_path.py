@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 import click
 import uvloop
 
-from nbdq.server.export import Export, Exports
+from nbdq.server.exports.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import listen_unix
 from nbdq.server.server import Server

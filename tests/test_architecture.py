@@ -92,7 +92,7 @@ RESERVED: dict[str, set[str]] = {
     "ssl": SHELL | {"nbdq.client", "nbdq.probe"},
     "uvloop": SHELL,
     "click": {"nbdq.cli"},
-    "prometheus_client": {"nbdq.server.metrics"},  # takes long to import, and only those wait who want it
+    "prometheus_client": {"nbdq.server.monitoring.metrics"},  # takes long to import, and only those wait who want it
     "logging": SHELL | {"nbdq.ops"},
     "argparse": set(),
     # construct declares what is cold: a parse of it on a hot path costs a hundred times a struct.
@@ -118,9 +118,9 @@ RESERVED: dict[str, set[str]] = {
     "io": {"nbdq.cli"},
     "mmap": set(),  # a truncated image would kill the server with SIGBUS
     "pathlib": {"nbdq.cli"},
-    "shutil": {"nbdq.cli.captive"},
+    "shutil": {"nbdq.cli.serve.captive"},
     "subprocess": set(),
-    "tempfile": {"nbdq.cli.captive", "nbdq.cli.qemu_nbd.disk"},
+    "tempfile": {"nbdq.cli.serve.captive", "nbdq.cli.qemu_nbd.disk"},
     "pickle": set(),
     # The wire protocol is a pure function of bytes.
     "threading": {"nbdq.pool", "nbdq.chain", "nbdq.qcow2", "nbdq.storage", "nbdq.ops", *SHELL},
@@ -136,7 +136,7 @@ FILE_IO = {
 MAY_DO_FILE_IO = {
     "nbdq.storage",
     "nbdq.chain.policy",  # walks to a file without following links, and hands its descriptor to FileStorage
-    *("nbdq.cli.lifecycle", "nbdq.cli.detach"),  # the pid file, and descriptors that others wait at
+    *("nbdq.cli.serve.lifecycle", "nbdq.cli.serve.detach"),  # the pid file, and descriptors that others wait at
 }
 
 LONGEST_MODULE = 450

@@ -19,11 +19,11 @@ from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.views import View
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.qcow2.bitmaps.tracking import DirtyBitmaps
-from nbdq.server.export import Export
-from nbdq.server.wish import Wish
+from nbdq.server.exports.export import Export
+from nbdq.server.exports.wish import Wish
 
 if TYPE_CHECKING:
-    from nbdq.server.volume import Volume
+    from nbdq.server.exports.volume import Volume
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from nbdq.admin.jobs import Jobs
 from nbdq.admin.policies import Policies
 from nbdq.admin.state import JobRecord, State
 from nbdq.errors import NotFound, printable
-from nbdq.server.export import Exports
-from nbdq.server.volume import Volume
+from nbdq.server.exports.export import Exports
+from nbdq.server.exports.volume import Volume
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbdq.server.volume import Volume
+from nbdq.server.exports.volume import Volume
 
 OnError = Literal["report", "stop", "enospc"]
 """What becomes of a job whose operation meets an I/O error: it fails, or pauses (on a full medium only) to go on after

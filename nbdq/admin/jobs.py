@@ -18,8 +18,8 @@ from nbdq.admin.job_request import JobRequest
 from nbdq.admin.state import JobRecord, State
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.operation import Operation
+from nbdq.server.exports.volume import Volume
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 
 _log = logging.getLogger(__name__)
 

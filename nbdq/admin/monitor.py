@@ -21,8 +21,8 @@ from nbdq.admin.context import Context, Peer
 from nbdq.admin.jobs import NotActive
 from nbdq.admin.registry import COMMANDS
 from nbdq.errors import NbdqError, NotFound, in_words, printable
+from nbdq.server.admission.peer import credentials
 from nbdq.server.listener import Listener
-from nbdq.server.peer import credentials
 
 _log = logging.getLogger(__name__)
 #: Who changed what; told however quiet the server is to be (R-43).

@@ -21,10 +21,10 @@ from nbdq.admin.registry import known_commands
 from nbdq.admin.state import JobRecord, State
 from nbdq.chain.policy import Policy
 from nbdq.errors import NbdqError, OperationError, printable
-from nbdq.server.export import Exports
+from nbdq.server.exports.export import Exports
+from nbdq.server.exports.volume import Volume
 from nbdq.server.listener import Listener
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 from nbdq.storage import FileStorage
 
 _log = logging.getLogger(__name__)

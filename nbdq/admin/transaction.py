@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from nbdq.admin.state import Changes, State
 from nbdq.errors import NbdqError
+from nbdq.server.exports.volume import all_drained
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import all_drained
 
 if TYPE_CHECKING:
     from nbdq.admin.context import Context
-    from nbdq.server.volume import Volume
+    from nbdq.server.exports.volume import Volume
 
 _log = logging.getLogger(__name__)
 

@@ -22,15 +22,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 #: Command → its module below this package and the name of its click command there.
 _COMMANDS = {
-    "amend": ("amend", "amend_command"),
-    "check": ("check", "check_command"),
-    "commit": ("commit", "commit_command"),
-    "create": ("create", "create_command"),
-    "ctl": ("ctl", "ctl_command"),
-    "info": ("info", "info_command"),
-    "map": ("map", "map_command"),
+    "amend": ("images.amend", "amend_command"),
+    "check": ("images.check", "check_command"),
+    "commit": ("images.commit", "commit_command"),
+    "create": ("images.create", "create_command"),
+    "ctl": ("ctl.command", "ctl_command"),
+    "info": ("images.info", "info_command"),
+    "map": ("images.map", "map_command"),
     "probe": ("probe", "probe_command"),
-    "serve": ("serve", "serve_command"),
+    "serve": ("serve.command", "serve_command"),
     "wait": ("wait", "wait_command"),
 }
 

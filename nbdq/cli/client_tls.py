@@ -6,8 +6,8 @@ import sys
 from nbdq.client.tls import tls_context
 from nbdq.errors import ExportError
 from nbdq.nbd.uri import Uri
-from nbdq.server.psk import PresharedKeys
-from nbdq.server.tls import PSK_CIPHERS
+from nbdq.server.tls.credentials import PSK_CIPHERS
+from nbdq.server.tls.psk import PresharedKeys
 
 
 def tls_of(uri: Uri) -> ssl.SSLContext | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from nbdq.errors import printable
-from nbdq.server.peer import Peer
+from nbdq.server.admission.peer import Peer
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 

@@ -12,16 +12,16 @@ from nbdq.nbd.constants import Command
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.handshake import Handshake, TlsMode
 from nbdq.nbd.transmission import Transmission
-from nbdq.server.census import source_of
-from nbdq.server.entrance import Entrance
-from nbdq.server.export import Export, Exports
-from nbdq.server.output import Output
-from nbdq.server.peer import Peer
-from nbdq.server.peer_log import PeerLog
+from nbdq.server.admission.census import source_of
+from nbdq.server.admission.entrance import Entrance
+from nbdq.server.admission.peer import Peer
+from nbdq.server.exports.export import Export, Exports
+from nbdq.server.monitoring.peer_log import PeerLog
 from nbdq.server.resources import Resources
-from nbdq.server.session import Session
-from nbdq.server.stream import SecureStream, broken
-from nbdq.server.tls import Tls
+from nbdq.server.tls.credentials import Tls
+from nbdq.server.tls.stream import SecureStream, broken
+from nbdq.server.transmission.output import Output
+from nbdq.server.transmission.session import Session
 
 _log = logging.getLogger(__name__)
 

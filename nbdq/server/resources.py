@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from nbdq.nbd.transmission import BUFFER_SIZE
 from nbdq.pool import WorkerPool
+from nbdq.server.admission.census import Census
 from nbdq.server.budget import Budget
-from nbdq.server.census import Census
-from nbdq.server.counters import Visits
 from nbdq.server.limits import ARENA_SIZE, ARENAS_KEPT, Limits
+from nbdq.server.monitoring.counters import Visits
 from nbdq.server.turns import Turns
 
 

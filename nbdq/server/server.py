@@ -13,16 +13,16 @@ from functools import partial
 from nbdq.nbd.ending import Cause, Ending
 from nbdq.nbd.handshake import TlsMode
 from nbdq.pool import WorkerPool
+from nbdq.server.admission.census import Census
+from nbdq.server.admission.peer import Peer
 from nbdq.server.budget import Budget
-from nbdq.server.census import Census
 from nbdq.server.connection import Connection
-from nbdq.server.export import Exports
-from nbdq.server.lag import LagWatch
+from nbdq.server.exports.export import Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener, watch_for_death
-from nbdq.server.peer import Peer
+from nbdq.server.monitoring.lag import LagWatch
 from nbdq.server.resources import Resources
-from nbdq.server.tls import Tls
+from nbdq.server.tls.credentials import Tls
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from nbdq.admin.service import Administration
 from nbdq.admin.state import State
 from nbdq.errors import OperationError
 from nbdq.ops.control import Control
-from nbdq.server.export import Exports
+from nbdq.server.exports.export import Exports
 from nbdq.server.listener import listen_unix
 
 PATIENCE = 20

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nbdq.admin.client import Client
-from nbdq.cli.ctl_follow import Progress, job_text
-from nbdq.cli.ctl_output import size_text
+from nbdq.cli.ctl.follow import Progress, job_text
+from nbdq.cli.ctl.output import size_text
 from tests.support.cli import run_nbdq
 from tests.support.serving import PATIENCE, refusal, serve
 from tests.support.tools import requires, run

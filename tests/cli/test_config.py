@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdq.cli.config_reader import Problems, keys_of, read_table
-from nbdq.cli.settings import Settings
+from nbdq.cli.serve.config_reader import Problems, keys_of, read_table
+from nbdq.cli.serve.settings import Settings
 from tests.support.cli import run_nbdq
 from tests.support.configured import configured
 from tests.support.pki import Authority

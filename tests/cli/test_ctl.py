@@ -12,8 +12,8 @@ import pytest
 from click.testing import Result
 
 from nbdq.admin.client import AdminError
-from nbdq.cli.ctl import VERBS
-from nbdq.cli.ctl_follow import follow
+from nbdq.cli.ctl.command import VERBS
+from nbdq.cli.ctl.follow import follow
 from tests.support.administration import Administered, administered, qemu_io
 from tests.support.cli import run_nbdq
 from tests.support.tools import requires, run

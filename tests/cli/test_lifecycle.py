@@ -586,7 +586,7 @@ def test_a_server_that_does_not_come_back_refuses_for_as_long_as_it_is_told_to(i
 
 SAVING = """
 import asyncio, os, signal, sys, uvloop
-from nbdq.cli.signals import StopSignals
+from nbdq.cli.serve.signals import StopSignals
 
 async def serve(signals):
     stop = asyncio.Event()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdq.cli.limits import available_memory, fit
+from nbdq.cli.serve.limits import available_memory, fit
 from nbdq.server.limits import Limits
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import Client, Disconnected
@@ -126,10 +126,10 @@ def test_the_memory_of_the_control_group_is_known(
 
 
 def test_a_small_machine_gets_a_small_budget_unless_it_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbdq.cli.limits.available_memory", lambda: 400 << 20)
+    monkeypatch.setattr("nbdq.cli.serve.limits.available_memory", lambda: 400 << 20)
     assert fit(Limits()).process_bytes == 100 << 20
     assert fit(Limits(process_bytes=300 << 20)).process_bytes == 300 << 20
-    monkeypatch.setattr("nbdq.cli.limits.available_memory", lambda: 1 << 40)
+    monkeypatch.setattr("nbdq.cli.serve.limits.available_memory", lambda: 1 << 40)
     assert fit(Limits()) == Limits()
 
 

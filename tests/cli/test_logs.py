@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nbdq.cli.logs import LimitedHandler, configure_logging
-from nbdq.server.peer import Peer
+from nbdq.server.admission.peer import Peer
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import EIO, READ, Client
 from tests.support.serving import Server, serve

@@ -284,7 +284,7 @@ def test_what_was_written_and_cannot_be_saved_at_the_end_is_an_error(
     def fail(_: FileStorage) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("nbdq.cli.running._serve", write_something)
+    monkeypatch.setattr("nbdq.cli.serve.running._serve", write_something)
     monkeypatch.setattr(FileStorage, "_fdatasync", fail)
     other = tmp_path / "other-raw"
     other.write_bytes(bytes(4096))

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from tests.fuzz.model import UNIT, Model, Watch
 from tests.server.client import (
     BLOCK_STATUS,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis.errors import HypothesisException
 
 from nbdq.nbd.transmission import Refusal, Transmission
-from nbdq.server.commits import Commits
-from nbdq.server.pending import Pending
+from nbdq.server.exports.commits import Commits
+from nbdq.server.transmission.pending import Pending
 from tests.fuzz.model import Model
 from tests.fuzz.protocol import Disk, explore
 

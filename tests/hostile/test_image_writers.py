@@ -9,11 +9,11 @@ from typing import cast
 from nbdq.admin.service import Administration
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.policy import Policy
-from nbdq.cli.disks import Disks
-from nbdq.cli.reload import Catalogue
-from nbdq.cli.settings import DirectorySettings, Settings
-from nbdq.server.derived import SNAPSHOTS_MAX
-from nbdq.server.export import Exports
+from nbdq.cli.serve.disks import Disks
+from nbdq.cli.serve.reload import Catalogue
+from nbdq.cli.serve.settings import DirectorySettings, Settings
+from nbdq.server.exports.derived import SNAPSHOTS_MAX
+from nbdq.server.exports.export import Exports
 from tests.support.serving import serve
 from tests.support.tools import requires, run
 

@@ -18,8 +18,8 @@ from nbdq.chain.live import LiveChain
 from nbdq.chain.policy import Policy
 from nbdq.ops.commit import Commit
 from nbdq.ops.control import Control
-from nbdq.server.export import Exports
-from nbdq.server.volume import Volume
+from nbdq.server.exports.export import Exports
+from nbdq.server.exports.volume import Volume
 from tests.server.client import EINVAL, ENOSPC, EPERM, FLUSH, READ, TRIM, WRITE, WRITE_ZEROES, Client, Disconnected
 from tests.support.administration import Administered, administered, chain, check, qemu_io, verified_load
 from tests.support.tools import requires, run

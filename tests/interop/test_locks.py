@@ -390,8 +390,8 @@ def test_one_server_opens_one_image_for_writing_once(chain: Path) -> None:
     with serve("-x", "a", "-x", "b", chain / "top", chain / "top") as server:
         run("qemu-io", "-f", "raw", "-c", "write -P 0x7e 0 64k", server.uri("a"))
         run("qemu-io", "-f", "raw", "-c", "read -P 0x7e 0 64k", server.uri("b"))
-    os.link(chain / "top", chain / "other")
-    message = refusal("-x", "a", "-x", "b", chain / "top", chain / "other")
-    assert re.fullmatch(r'.*/other: failed to get "write" lock: .*\n', message)
-    with serve("--read-only", "-x", "a", "-x", "b", chain / "top", chain / "other"):
+    os.link(chain / "top", chain / "link")
+    message = refusal("-x", "a", "-x", "b", chain / "top", chain / "link")
+    assert re.fullmatch(r'.*/link: failed to get "write" lock: .*\n', message)
+    with serve("--read-only", "-x", "a", "-x", "b", chain / "top", chain / "link"):
         pass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdq.server.private_contexts import PRIVATE, SINCE
+from nbdq.server.exports.private_contexts import PRIVATE, SINCE
 from tests.server.client import BLOCK_STATUS, EINVAL, Client
 from tests.support.administration import Administered, administered, qemu_io
 from tests.support.images import Image, Layer, Variant, build

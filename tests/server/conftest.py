@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdq.server.export import Export
-from nbdq.server.tls import Tls, TlsSettings
+from nbdq.server.exports.export import Export
+from nbdq.server.tls.credentials import Tls, TlsSettings
 from tests.server.harness import LOOPS, LoopServer, MemoryDisk
 from tests.support.pki import Authority, Pki
 

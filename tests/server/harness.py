@@ -24,11 +24,11 @@ import uvloop
 
 from nbdq.block import FilePiece, Kind, Piece, Status
 from nbdq.nbd.handshake import TlsMode
-from nbdq.server.export import Export, Exports
+from nbdq.server.exports.export import Export, Exports
 from nbdq.server.limits import Limits
 from nbdq.server.listener import listen_tcp, listen_unix
 from nbdq.server.server import Server
-from nbdq.server.tls import Tls
+from nbdq.server.tls.credentials import Tls
 from nbdq.storage import FileStorage
 from tests.server.client import PATIENCE, Address, Client
 

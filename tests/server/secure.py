@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbdq.nbd.handshake import TlsMode
-from nbdq.server.access import Access
-from nbdq.server.export import Export
-from nbdq.server.tls import Tls
+from nbdq.server.admission.access import Access
+from nbdq.server.exports.export import Export
+from nbdq.server.tls.credentials import Tls
 from tests.server.client import (
     ACK,
     FIXED_NEWSTYLE,

@@ -9,12 +9,12 @@ import pytest
 
 from nbdq.errors import ExportError
 from nbdq.nbd.exports import Negotiated
-from nbdq.server.access import Access
-from nbdq.server.census import Census
-from nbdq.server.entrance import Entrance
-from nbdq.server.export import Export, Exports
+from nbdq.server.admission.access import Access
+from nbdq.server.admission.census import Census
+from nbdq.server.admission.entrance import Entrance
+from nbdq.server.admission.peer import Identity, Peer, host_of
+from nbdq.server.exports.export import Export, Exports
 from nbdq.server.limits import Limits
-from nbdq.server.peer import Identity, Peer, host_of
 from tests.server.client import EXPORT_NAME, LIST, Client, handshake, option
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk

@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from nbdq.server.census import Census, source_of
-from nbdq.server.export import Export
+from nbdq.server.admission.census import Census, source_of
+from nbdq.server.admission.peer import Peer, host_of
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import Limits
-from nbdq.server.peer import Peer, host_of
 from tests.server.client import ACK, LIST, PATIENCE, Client, Disconnected, handshake, option
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk

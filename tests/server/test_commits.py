@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from tests.server.client import EIO, FLUSH, FUA, TRIM, WRITE, WRITE_ZEROES, Client
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, WritableDisk

@@ -9,7 +9,7 @@ import pytest
 
 from nbdq.block import Kind, Status
 from nbdq.nbd.constants import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
-from nbdq.server.contexts import STANDARD, DirtyBitmap, context_of_bitmap, encode
+from nbdq.server.exports.contexts import STANDARD, DirtyBitmap, context_of_bitmap, encode
 from tests.server.harness import MemoryDisk
 
 K = 1024

@@ -17,7 +17,7 @@ from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.disk import ChainDisk
 from nbdq.chain.open import open_disk
 from nbdq.chain.policy import Policy
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.storage import FileStorage
 from tests.server.client import BLOCK_STATUS, DF, EIO, READ, REQ_ONE, Client, HealthyClient
 from tests.server.conftest import CONTENT

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import Limits
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import PATIENCE, READ, Client, Disconnected, request

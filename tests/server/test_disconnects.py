@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from tests.server.client import (
     BLOCK_STATUS,
     CACHE,

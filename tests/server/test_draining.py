@@ -11,11 +11,11 @@ from typing import Any, cast
 
 import pytest
 
-from nbdq.server import detach
-from nbdq.server.export import Export, Exports
+from nbdq.server.exports.export import Export, Exports
+from nbdq.server.exports.volume import Volume, all_drained
 from nbdq.server.limits import Limits
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume, all_drained
+from nbdq.server.transmission import detach
 from tests.server.client import FLUSH, FUA, READ, WRITE, Background, Client, handshake
 from tests.server.conftest import CONTENT
 from tests.server.harness import FileDisk, LoopServer, MemoryDisk, WritableDisk

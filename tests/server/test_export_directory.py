@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nbdq.errors import ExportError
-from nbdq.server import export_directory
-from nbdq.server.export_directory import is_safe, list_images
+from nbdq.server.exports import directory as export_directory
+from nbdq.server.exports.directory import is_safe, list_images
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import Client
 from tests.support.configured import Configured, configured, eventually

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from nbdq.block import Status
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import ARENA_SIZE, GUARANTEED_BYTES, Limits
 from tests.server.client import (
     BLOCK_STATUS,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import Limits
 from tests.server.client import (
     LIST,

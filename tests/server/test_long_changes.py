@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nbdq.block import Kind, Status
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from tests.server.client import (
     BLOCK_STATUS,
     CACHE,

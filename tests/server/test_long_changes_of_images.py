@@ -14,12 +14,12 @@ from nbdq.ops.operation import Operation
 from nbdq.ops.snapshot import ExternalSnapshot, SnapshotPlan
 from nbdq.qcow2.bitmaps.tables import load_bits
 from nbdq.qcow2.format import read_header
-from nbdq.server import long_change, pending
-from nbdq.server.export import Export, Exports
-from nbdq.server.perform import Performer
+from nbdq.server.exports.export import Export, Exports
+from nbdq.server.exports.volume import Volume
+from nbdq.server.exports.wish import Wish
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
-from nbdq.server.wish import Wish
+from nbdq.server.transmission import long_change, pending
+from nbdq.server.transmission.perform import Performer
 from nbdq.storage import FileStorage
 from tests.ops.harness import Served
 from tests.server.client import ENOSPC, FUA, PATIENCE, TRIM, WRITE, WRITE_ZEROES, Client

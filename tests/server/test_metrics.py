@@ -16,14 +16,14 @@ from typing import Any, cast
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nbdq.cli.metrics import MetricsSettings, listen_for_monitoring
+from nbdq.cli.serve.metrics import MetricsSettings, listen_for_monitoring
 from nbdq.errors import ExportError
 from nbdq.nbd.ending import Cause
-from nbdq.server import http
-from nbdq.server import metrics as metrics_module
-from nbdq.server.http import HttpServer, Page
 from nbdq.server.listener import listen_unix
-from nbdq.server.metrics import Metrics
+from nbdq.server.monitoring import http
+from nbdq.server.monitoring import metrics as metrics_module
+from nbdq.server.monitoring.http import HttpServer, Page
+from nbdq.server.monitoring.metrics import Metrics
 from nbdq.storage import SYNC_TIMES, FileStorage
 from tests.qcow2.minimal import minimal_image
 from tests.server.client import FLUSH, READ, TRIM, Client, handshake, option

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from nbdq.server.peer import Peer
+from nbdq.server.admission.peer import Peer
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 
 from nbdq.errors import ExportError
 from nbdq.nbd.handshake import TlsMode
-from nbdq.server.access import Access
-from nbdq.server.export import Export
-from nbdq.server.psk import PresharedKeys
-from nbdq.server.tls import Tls, TlsSettings
+from nbdq.server.admission.access import Access
+from nbdq.server.exports.export import Export
+from nbdq.server.tls.credentials import Tls, TlsSettings
+from nbdq.server.tls.psk import PresharedKeys
 from tests.server.client import ACK, GO
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk

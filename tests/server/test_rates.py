@@ -13,10 +13,10 @@ import pytest
 from nbdq.errors import ExportError
 from nbdq.nbd.handshake import TlsMode
 from nbdq.nbd.transmission import RawRequest
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
+from nbdq.server.exports.rate import Rates, Throttle
 from nbdq.server.limits import Limits
-from nbdq.server.rate import Rates, Throttle
-from nbdq.server.tls import Tls
+from nbdq.server.tls.credentials import Tls
 from tests.server.client import FLUSH, FUA, READ, WRITE, Client, request
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk, WritableDisk

@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from tests.server.client import BLOCK_STATUS, DF, EIO, READ, Client
 from tests.server.conftest import CONTENT
 from tests.server.harness import LoopServer, MemoryDisk

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdq.server.entrance import Entrance
-from nbdq.server.export import Export
+from nbdq.server.admission.entrance import Entrance
+from nbdq.server.exports.export import Export
 from tests.server.client import (
     BLOCK_STATUS,
     CACHE,

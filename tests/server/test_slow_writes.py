@@ -5,9 +5,9 @@ import time
 import pytest
 
 from nbdq.block import Piece
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import GUARANTEED_BYTES, Limits
-from nbdq.server.pace import BATCH_SECONDS, POOLED_SECONDS, Pace
+from nbdq.server.transmission.pace import BATCH_SECONDS, POOLED_SECONDS, Pace
 from tests.server.client import (
     FUA,
     PATIENCE,

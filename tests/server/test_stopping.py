@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
+from nbdq.server.exports.rate import Rates
 from nbdq.server.limits import Limits
-from nbdq.server.rate import Rates
 from tests.server.client import (
     ABORT,
     ACK,

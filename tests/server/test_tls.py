@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from nbdq.nbd.handshake import TlsMode
-from nbdq.server.access import Access
-from nbdq.server.export import Export
+from nbdq.server.admission.access import Access
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import Limits
-from nbdq.server.tls import Tls, TlsSettings
+from nbdq.server.tls.credentials import Tls, TlsSettings
 from tests.server.client import (
     ABORT,
     ACK,

@@ -9,7 +9,7 @@ import pytest
 
 from nbdq.errors import ExportError
 from nbdq.server.limits import Limits
-from nbdq.server.tls import Tls, TlsSettings
+from nbdq.server.tls.credentials import Tls, TlsSettings
 from tests.server.conftest import CONTENT
 from tests.server.harness import MemoryDisk, resident_bytes
 from tests.server.secure import TlsClient, serving, trusting

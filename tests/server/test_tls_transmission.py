@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from nbdq.nbd.handshake import TlsMode
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.server.limits import Limits
-from nbdq.server.tls import Tls
+from nbdq.server.tls.credentials import Tls
 from tests.server.client import (
     ACK,
     DISC,

@@ -5,7 +5,7 @@ import struct
 from itertools import pairwise
 
 from nbdq.nbd.constants import Option
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from nbdq.server.turns import Turns
 from tests.server.client import READ, option
 from tests.server.harness import LoopServer, MemoryDisk

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdq.server.export import Export
+from nbdq.server.exports.export import Export
 from tests.server.client import (
     BLOCK_STATUS,
     CACHE,

@@ -9,8 +9,8 @@ import pytest
 from nbdq.chain.clusters import ClusterCache
 from nbdq.chain.open import open_writable
 from nbdq.chain.policy import Policy
-from nbdq.server.export import Export
-from nbdq.server.writing import DetectZeroes
+from nbdq.server.exports.export import Export
+from nbdq.server.exports.writing import DetectZeroes
 from tests.server.client import FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, TRIM, WRITE, WRITE_ZEROES, Client
 from tests.server.harness import LoopServer
 from tests.support.serving import serve

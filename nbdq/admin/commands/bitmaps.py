@@ -22,9 +22,9 @@ from nbdq.qcow2.bitmaps.bits import DirtyBits, dirty_extents
 from nbdq.qcow2.bitmaps.tracking import BitmapState, DirtyBitmaps, Undo
 from nbdq.qcow2.image import Qcow2Image
 from nbdq.qcow2.writing.writable import WritableImage
-from nbdq.server.export import Exports
+from nbdq.server.exports.export import Exports
+from nbdq.server.exports.volume import Volume
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 
 #: Ranges in one reply, if the client does not say.
 _RANGES = 4096

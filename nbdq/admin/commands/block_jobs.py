@@ -20,8 +20,8 @@ from nbdq.ops.operation import Operation
 from nbdq.ops.preflight import plan_commit
 from nbdq.ops.rebase import Rebase, change_backing_file
 from nbdq.ops.stream import Stream
+from nbdq.server.exports.volume import Volume
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from nbdq.admin.context import Context
 from nbdq.admin.registry import NoArguments, Reply, command
 from nbdq.chain.views import View
 from nbdq.errors import NotFound, OperationError, printable
-from nbdq.server.access import Access
-from nbdq.server.derived import Derivation
-from nbdq.server.export import Export
-from nbdq.server.rate import Rates
-from nbdq.server.volume import Volume
-from nbdq.server.wish import Wish
-from nbdq.server.writing import DetectZeroes
+from nbdq.server.admission.access import Access
+from nbdq.server.exports.derived import Derivation
+from nbdq.server.exports.export import Export
+from nbdq.server.exports.rate import Rates
+from nbdq.server.exports.volume import Volume
+from nbdq.server.exports.wish import Wish
+from nbdq.server.exports.writing import DetectZeroes
 
 #: How long a pause lasts at most, unless the administrator says otherwise.
 _PAUSE_SECONDS = 60

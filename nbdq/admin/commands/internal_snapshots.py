@@ -21,8 +21,8 @@ from nbdq.errors import ExportError, NotFound, OperationError, printable
 from nbdq.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
 from nbdq.qcow2.writing.internal_snapshots import create_snapshot, delete_snapshot, prepare_snapshot
 from nbdq.qcow2.writing.switch import reclaim
+from nbdq.server.exports.volume import Volume
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 
 _NANOSECONDS = 1_000_000_000
 

@@ -17,9 +17,9 @@ from nbdq.ops.describe import describe_image, json_text
 from nbdq.qcow2.audit.check import check_image
 from nbdq.qcow2.audit.repair import Repair, Repaired, repair_image
 from nbdq.qcow2.format import CryptMethod, Header, read_header
-from nbdq.server.counters import Counters
+from nbdq.server.exports.volume import Volume
+from nbdq.server.monitoring.counters import Counters
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 from nbdq.storage import FileStorage
 
 #: Extents in one answer: 8 MiB of text.

@@ -18,8 +18,8 @@ from nbdq.admin.transaction import Action, carry_out
 from nbdq.errors import ImageError, OperationError, printable
 from nbdq.ops.control import Control
 from nbdq.ops.snapshot import ExternalSnapshot, SnapshotPlan
+from nbdq.server.exports.volume import Volume
 from nbdq.server.threads import in_thread
-from nbdq.server.volume import Volume
 
 _log = logging.getLogger(__name__)
 

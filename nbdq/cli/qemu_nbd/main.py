@@ -33,9 +33,9 @@ def _run(words: list[str]) -> None:
 
 def _serve(arguments: Arguments) -> None:
     """Listen, and only then load what makes a server, which takes longer than some callers wait until they connect."""
-    from nbdq.cli.detach import Background
     from nbdq.cli.qemu_nbd.places import inherited_listener, listen
-    from nbdq.cli.signals import StopSignals
+    from nbdq.cli.serve.detach import Background
+    from nbdq.cli.serve.signals import StopSignals
 
     if arguments.selinux_label is not None:
         raise ExportError("SELinux support not enabled in this binary")

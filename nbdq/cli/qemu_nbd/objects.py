@@ -82,7 +82,7 @@ class Objects:
         )
 
     def subjects(self, name: str) -> tuple[str, ...]:
-        """Whom ``--tls-authz`` lets in, as :attr:`nbdq.server.access.Access.subjects` says it.
+        """Whom ``--tls-authz`` lets in, as :attr:`nbdq.server.admission.access.Access.subjects` says it.
 
         Raises:
             ExportError: no such list, or one that says more than who is let in.

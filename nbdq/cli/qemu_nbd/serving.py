@@ -12,21 +12,21 @@ import uvloop
 from nbdq.block import BlockDevice
 from nbdq.chain.bitmaps import find_bitmaps
 from nbdq.chain.live import LiveChain
-from nbdq.cli.detach import Background
-from nbdq.cli.lifecycle import write_process_id
 from nbdq.cli.qemu_nbd.arguments import Arguments
 from nbdq.cli.qemu_nbd.disk import GUESSED_RAW, open_disk
 from nbdq.cli.qemu_nbd.image import Image, parse_image
-from nbdq.cli.signals import StopSignals
+from nbdq.cli.serve.detach import Background
+from nbdq.cli.serve.lifecycle import write_process_id
+from nbdq.cli.serve.signals import StopSignals
 from nbdq.errors import ExportError, printable
 from nbdq.nbd.constants import TransmissionFlag
-from nbdq.server.access import Access
-from nbdq.server.export import Client, Export, Exports
+from nbdq.server.admission.access import Access
+from nbdq.server.exports.export import Client, Export, Exports
+from nbdq.server.exports.writing import DetectZeroes
 from nbdq.server.limits import Limits
 from nbdq.server.listener import Listener
 from nbdq.server.server import Server
-from nbdq.server.tls import Tls, TlsSettings
-from nbdq.server.writing import DetectZeroes
+from nbdq.server.tls.credentials import Tls, TlsSettings
 from nbdq.storage import share_one_heap
 
 #: What "no limit" means: more than there are descriptors.

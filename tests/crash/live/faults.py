@@ -24,7 +24,7 @@ from unittest.mock import patch
 import click
 
 from nbdq.errors import NbdqError
-from nbdq.server.volume import Volume
+from nbdq.server.exports.volume import Volume
 from nbdq.storage import FileStorage
 from tests.crash.explore import scratch
 from tests.crash.guest import History

@@ -21,7 +21,7 @@ from nbdq.qcow2.format import Header
 from nbdq.qcow2.header_area import write_fields
 from nbdq.qcow2.writing.writable import WritableImage
 from nbdq.qcow2.writing.zeroing import Zeroing
-from nbdq.server.volume import Volume
+from nbdq.server.exports.volume import Volume
 from nbdq.storage import FileStorage
 
 

@@ -24,9 +24,9 @@ from nbdq.errors import ChainError
 from nbdq.locks import Locking
 from nbdq.ops.operation import Operation
 from nbdq.qcow2.format import read_header
-from nbdq.server.export import Exports
-from nbdq.server.volume import Volume
-from nbdq.server.wish import Wish
+from nbdq.server.exports.export import Exports
+from nbdq.server.exports.volume import Volume
+from nbdq.server.exports.wish import Wish
 from nbdq.storage import FileStorage
 
 STATE = "state.json"

@@ -25,7 +25,7 @@ from nbdq.ops import active_commit, commit, rebase, transfer
 from nbdq.ops.control import Control
 from nbdq.ops.operation import Operation
 from nbdq.qcow2.writing import epochs as engine_epochs
-from nbdq.server.volume import Volume
+from nbdq.server.exports.volume import Volume
 from tests.crash.guest import Allowed, Guest, History, Verb
 from tests.crash.live.scenario import Prepared
 from tests.crash.live.server import Server
