@@ -270,7 +270,7 @@ def test_a_status_that_takes_too_long_gets_about_as_far_in_every_context(
                 yield from super().status(start, 4096)
 
     disk = SlowDisk(8 << 20, cached=False)
-    for module in ("contexts", "perform"):
+    for module in ("exports.contexts", "transmission.perform"):
         monkeypatch.setattr(f"nbdq.server.{module}.monotonic", lambda: disk.clock)
     contexts = ("base:allocation", "qemu:allocation-depth")
     export = Export.read_only("", disk, allocation_depth=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from nbdq.admin.client import Client
 from tests.support.administration import Administered
 from tests.support.serving import PATIENCE, Server
-from tests.support.tools import run
+from tests.support.tools import execute
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -44,8 +44,11 @@ class Configured(Administered):
         self.server.process.send_signal(signal.SIGHUP)
 
     def names(self) -> list[str]:
-        """What a client sees."""
-        listing = json.loads(run("nbdinfo", "--list", "--json", self.server.uri()))
+        """What a client sees; nothing if an export has gone between its being listed and its being asked for."""
+        done = execute("nbdinfo", "--list", "--json", self.server.uri())
+        if done.returncode:
+            return []
+        listing = json.loads(done.stdout)
         return [export["export-name"] for export in listing["exports"]]
 
 

@@ -129,9 +129,9 @@ async def _serve(parts: _Parts) -> int:
             server.start()
             monitoring.is_ready = True
             with process_id_in(settings.server.pid_file):
+                reloader.start()  # who hears that we are ready may have changed something by then, and say so
                 caller.tell_ready(listener.uri(name) for listener in listeners for name in exports.by_name)
                 caller.notifier.start(lambda: _status(exports))
-                reloader.start()
                 if parts.command is not None:
                     name = next(iter(exports.by_name), "")
                     return await run_command(parts.command, variables(listeners[0], name), stop)
