@@ -101,7 +101,7 @@ class Target:
         with self.connect() as connection:
             if connection.extended_headers():
                 self.modes.append(EXTENDED)
-        with self.connect(), suppress(TimeoutError), self.connect():
+        with self.connect(), suppress(TimeoutError, ConnectionError), self.connect():
             self.takes_several = True
 
     # Facts.

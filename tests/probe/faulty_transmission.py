@@ -279,6 +279,6 @@ class Transmission:
         try:
             self.client.send(data)
         except OSError:
-            if self.bad("client-that-does-not-listen"):
+            if len(data) > 4096 and self.bad("client-that-does-not-listen"):  # not for the ACK of an ABORT
                 self.server.stop()
             raise
