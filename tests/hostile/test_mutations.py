@@ -27,7 +27,7 @@ from tests.support.tools import requires
 pytestmark = [requires("qemu-img", "qemu-io"), pytest.mark.timeout(0)]  # the laboratory has its own time limits
 
 RANDOM_SEED = os.environ.get("NBDQ_SEED", "nbdq")
-TOTAL = int(os.environ.get("NBDQ_MUTATIONS", "1200"))
+TOTAL = int(os.environ.get("NBDQ_MUTATIONS", "800"))
 _EACH = -(-TOTAL // len(VARIANTS_TO_MUTATE))
 _AT_ONCE = 2
 
