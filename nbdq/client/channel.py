@@ -73,6 +73,7 @@ class Channel:
                 view = view[self._socket.send(view) :]
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
+                self._fill()
             except (BlockingIOError, ssl.SSLWantWriteError):
                 if self._wait(select.POLLOUT | select.POLLIN) & select.POLLIN and not self._end:
                     self._fill()
@@ -91,7 +92,7 @@ class Channel:
             if self._end:
                 raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
             self._wait(select.POLLIN)
-            self._fill()
+            self._fill(count)
         data = bytes(self._unread[:count])
         del self._unread[:count]
         return data
@@ -128,9 +129,9 @@ class Channel:
         """Close without a word; harmless when closed."""
         self._socket.close()
 
-    def _fill(self) -> None:
-        """Receive what is there."""
-        while True:
+    def _fill(self, count: int = MAXIMUM_UNREAD + 1) -> None:
+        """Receive what is there, until there are ``count`` bytes: a server may go on as fast as we receive."""
+        while len(self._unread) < count:
             try:
                 data = self._socket.recv(_PIECE)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -147,6 +148,8 @@ class Channel:
                 return
 
     def _wait(self, events: int) -> int:
+        if events & select.POLLIN and isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return select.POLLIN  # TLS has what poll() does not see
         poll = select.poll()
         poll.register(self._socket, events)
         remaining = self._deadline - time.monotonic()
