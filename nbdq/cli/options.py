@@ -68,17 +68,32 @@ def together(*options: Callable[[Any], Any]) -> Callable[[_Function], _Function]
     return decorate
 
 
+# Options that mean the same in every command that has them.
+format_option = click.option(
+    "-f",
+    "--format",
+    "format",
+    type=click.Choice(["qcow2", "raw"]),
+    default="qcow2",
+    show_default=True,
+    help="Format of IMAGE; it is never guessed.",
+)
+allow_backing_option = click.option(
+    "--allow-backing",
+    "allow_backing",
+    type=click.Path(exists=True, file_okay=False),
+    multiple=True,
+    help="A directory that backing and data files may lie in, besides IMAGE's own.",
+)
+allow_data_file_option = click.option(
+    "--allow-data-file", is_flag=True, help="Open external data files that headers name."
+)
+progress_option = click.option("-p", "--progress", is_flag=True, help="Show how far it is.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+
 #: The options that say how a chain may be opened, gathered by ``chain_arguments``.
 chain_options = together(
-    click.option(
-        "-f",
-        "--format",
-        "format",
-        type=click.Choice(["qcow2", "raw"]),
-        default="qcow2",
-        show_default=True,
-        help="Format of IMAGE; it is never guessed.",
-    ),
+    format_option,
     click.option(
         "--backing",
         "backing",
@@ -86,14 +101,8 @@ chain_options = together(
         multiple=True,
         help="The layer below, in order from the top; replaces what headers say. 'none' ends the chain.",
     ),
-    click.option(
-        "--allow-backing",
-        "allow_backing",
-        type=click.Path(exists=True, file_okay=False),
-        multiple=True,
-        help="A directory that backing and data files may lie in, besides IMAGE's own.",
-    ),
-    click.option("--allow-data-file", is_flag=True, help="Open external data files that headers name."),
+    allow_backing_option,
+    allow_data_file_option,
     click.option("-U", "--force-share", is_flag=True, help="Open even if another process writes to the image."),
 )
 

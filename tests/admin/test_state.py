@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import stat
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from nbdq.admin.recovery import remove_pending_overlays
 from nbdq.admin.state import JobRecord, State, StateError
-from tests.support.tools import run
+from tests.support.tools import requires, run
 
 
 def _state(path: Path, *names: str) -> State:
@@ -106,7 +105,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_the_old_records(
         changes.set_top("a", str(tmp_path / "q"), "qcow2")
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+@requires("strace")
 def test_the_file_is_replaced_only_when_the_new_one_is_durable(tmp_path: Path) -> None:
     script = (
         "from nbdq.admin.state import State\n"

@@ -24,6 +24,7 @@ from nbdq.cli.option_lists import (
     size_value,
     split_options,
 )
+from nbdq.cli.options import allow_backing_option, format_option, progress_option, quiet_option
 from nbdq.cli.progress import ShownControl
 from nbdq.errors import NbdqError, OperationError, UnsupportedImage, printable
 from nbdq.ops.amend import Amend, ChainRules, failed, succeeded
@@ -66,15 +67,7 @@ _OF_CHAINS = {"compat", "lazy_refcounts", "refcount_bits"}
 
 @click.command("amend")
 @click.option("-o", "options", multiple=True, metavar="NAME=VALUE,...", help="What to change; see -o help.")
-@click.option(
-    "-f",
-    "--format",
-    "format",
-    type=click.Choice(["qcow2", "raw"]),
-    default="qcow2",
-    show_default=True,
-    help="Of IMAGE.",
-)
+@format_option
 @click.option("--chain", "whole_chain", is_flag=True, help="Amend all layers of IMAGE, base first, but for raw ones.")
 @click.option(
     "--template",
@@ -91,16 +84,10 @@ _OF_CHAINS = {"compat", "lazy_refcounts", "refcount_bits"}
 )
 @click.option("--shrink", is_flag=True, help="Let the disk become smaller; what lies behind is lost.")
 @click.option("--forget-overlay", is_flag=True, help="Remove the mark of an overlay, so that IMAGE can be written to.")
-@click.option(
-    "--allow-backing",
-    "allow_backing",
-    type=click.Path(exists=True, file_okay=False),
-    multiple=True,
-    help="A directory that the images below may lie in, besides IMAGE's own.",
-)
+@allow_backing_option
 @click.option("--allow-data-file", is_flag=True, help="With --chain or size: open external data files.")
-@click.option("-p", "--progress", is_flag=True, help="Show how far it is.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@progress_option
+@quiet_option
 @click.argument("image", type=click.Path(), required=False)
 def amend_command(
     image: str | None,

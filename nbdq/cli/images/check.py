@@ -9,6 +9,7 @@ from contextlib import closing
 
 import click
 
+from nbdq.cli.options import format_option, quiet_option
 from nbdq.errors import printable
 from nbdq.locks import READER, TOLERANT_READER, WRITER, lock_image
 from nbdq.qcow2.audit.check import check_image
@@ -22,20 +23,12 @@ _FAILED, _CORRUPT, _LEAKS, _NO_CHECK = 1, 2, 3, 63
 
 
 @click.command("check")
-@click.option(
-    "-f",
-    "--format",
-    "format",
-    type=click.Choice(["qcow2", "raw"]),
-    default="qcow2",
-    show_default=True,
-    help="Format of IMAGE; it is never guessed.",
-)
+@format_option
 @click.option(
     "-r", "--repair", type=click.Choice([repair.value for repair in Repair]), help="Mend leaked clusters, or all."
 )
 @click.option("--output", type=click.Choice(["human", "json"]), default="human", show_default=True)
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@quiet_option
 @click.option("-U", "--force-share", is_flag=True, help="Check even if another process writes to the image.")
 @click.argument("image", type=click.Path())
 @click.pass_context

@@ -10,7 +10,14 @@ from nbdq.chain.open import open_writable
 from nbdq.chain.overlay import OverlayDisk
 from nbdq.chain.policy import Policy
 from nbdq.chain.resolve import backing_path, resolve_chain
-from nbdq.cli.options import Size
+from nbdq.cli.options import (
+    Size,
+    allow_backing_option,
+    allow_data_file_option,
+    format_option,
+    progress_option,
+    quiet_option,
+)
 from nbdq.cli.progress import ShownControl
 from nbdq.errors import NotFound, OperationError, printable
 from nbdq.ops.active_commit import ActiveCommit
@@ -19,15 +26,7 @@ from nbdq.qcow2.writing.emptying import can_make_empty, make_empty
 
 
 @click.command("commit")
-@click.option(
-    "-f",
-    "--format",
-    "format",
-    type=click.Choice(["qcow2", "raw"]),
-    default="qcow2",
-    show_default=True,
-    help="Of IMAGE; it is never guessed.",
-)
+@format_option
 @click.option(
     "-b",
     "--base",
@@ -44,16 +43,10 @@ from nbdq.qcow2.writing.emptying import can_make_empty, make_empty
     multiple=True,
     help="A directory that other overlays may lie in, besides the layers' own.",
 )
-@click.option(
-    "--allow-backing",
-    "allow_backing",
-    type=click.Path(exists=True, file_okay=False),
-    multiple=True,
-    help="A directory that backing and data files may lie in, besides IMAGE's own.",
-)
-@click.option("--allow-data-file", is_flag=True, help="Open external data files that headers name.")
-@click.option("-p", "--progress", is_flag=True, help="Show how far it is.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@allow_backing_option
+@allow_data_file_option
+@progress_option
+@quiet_option
 @click.argument("image", type=click.Path())
 def commit_command(
     image: str,
